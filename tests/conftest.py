@@ -1,0 +1,32 @@
+"""Where the tests find real data and models; each helper skips with the reason when it is not there."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def shared(*parts: str) -> Path:
+    """Path inside the data folder that lies beside the checkout (PUMICE_SHARED overrides), or skip."""
+    path = Path(os.environ.get("PUMICE_SHARED", ROOT.parent / "shared")).joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"needs {path.name} from the shared data folder, which is not beside this checkout")
+    return path
+
+
+def package_dir(package: str) -> Path:
+    """Folder of an installed package that carries a model (not imported: its dependencies are not wanted), or skip."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip(f"needs the package {package}, which is not installed (make setup installs it)")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+@pytest.fixture(scope="session")
+def stories():
+    """Directory of stories15M, a real 15M Llama."""
+    return shared("models", "stories15M-hf")
