@@ -1,0 +1,214 @@
+"""Methods register themselves by a decorator; everything else (CLI, docs, tests) asks here what exists."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pumice.core.errors import PumiceError
+
+
+@dataclass(frozen=True)
+class Option:
+    """One keyword-only parameter of a method: the same object makes the YAML schema, the CLI help and the docs."""
+
+    name: str
+    type: Any
+    default: Any
+    help: str = ""
+
+    def coerce(self, value: Any, owner: str) -> Any:
+        """`value` as this option's type (text from the command line included); PumiceError when it is not one."""
+        if value is None or not isinstance(self.type, type):
+            return value
+        try:
+            if self.type is bool and isinstance(value, str):
+                return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[value.lower()]
+            if self.type in (int, float) and isinstance(value, bool):
+                raise TypeError
+            if self.type is int and float(value) != int(float(value)):
+                raise ValueError
+            return self.type(value)
+        except (TypeError, ValueError, KeyError):
+            kind = self.type.__name__
+            raise PumiceError(f"option {self.name}={value!r} of {owner} must be of type {kind}.") from None
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What the registry knows of one method."""
+
+    family: str
+    name: str
+    obj: Any = field(repr=False)
+    key: str | None = None
+    paper: str | None = None
+    needs: tuple[str, ...] = ()
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Option] = field(default_factory=dict)
+
+    @property
+    def summary(self) -> str:
+        """First line of the docstring."""
+        return (inspect.getdoc(self.obj) or "").split("\n")[0]
+
+    def bind(self, options: Mapping[str, Any] | None = None) -> Bound:
+        """The method with its options checked and set.
+
+        Raises:
+            PumiceError: an option that the method does not have, or of the wrong type.
+        """
+        given = dict(options or {})
+        owner = f"{self.family} {self.name!r}"
+        for name in given:
+            if name not in self.options:
+                raise PumiceError(unknown(f"option of {owner}", name, self.options))
+        return Bound(self, {name: self.options[name].coerce(value, owner) for name, value in given.items()})
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A method and its options, ready to call."""
+
+    info: MethodInfo
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+    def __call__(self, *args: Any) -> Any:
+        return self.info.obj(*args, **self.options)
+
+    def describe(self) -> dict[str, Any]:
+        """Name and every option's value, defaults included, for reports."""
+        values = {name: option.default for name, option in self.info.options.items()}
+        return {"name": self.name, **values, **self.options}
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """Message for an unknown name: the nearest known one, then all of them."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"unknown {what} {name!r}: {hint}Known: {', '.join(names) if names else 'none'}."
+
+
+def _options(obj: Any) -> dict[str, Option]:
+    target = obj.__init__ if inspect.isclass(obj) else obj
+    try:
+        hints = typing.get_type_hints(target, include_extras=True)
+    except NameError:
+        hints = {}
+    found = {}
+    for name, parameter in inspect.signature(target).parameters.items():
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            continue
+        hint, text = hints.get(name, Any), ""
+        if typing.get_origin(hint) is typing.Annotated:
+            hint, *notes = typing.get_args(hint)
+            text = next((note for note in notes if isinstance(note, str)), "")
+        default = None if parameter.default is inspect.Parameter.empty else parameter.default
+        found[name] = Option(name, hint, default, text)
+    return found
+
+
+class Family:
+    """An open set of methods of one kind: calling it gives the decorator that adds one.
+
+    `package` is imported module by module the first time somebody asks, so that a new file is a new method and
+    nothing else has to know of it. `extras` are further facts that a member may state, with their defaults.
+    """
+
+    def __init__(self, name: str, package: str, **extras: Any) -> None:
+        self.name, self.package, self.extras = name, package, extras
+        self._members: dict[str, MethodInfo] = {}
+        self._discovered = False
+
+    def __call__(
+        self, name: str, *, key: str | None = None, paper: str | None = None, needs: tuple[str, ...] = (), **extras: Any
+    ) -> Callable[[Any], Any]:
+        """Decorator that registers a function or class as `name` of this family."""
+        for extra in extras:
+            if extra not in self.extras:
+                raise PumiceError(unknown(f"fact of family {self.name}", extra, self.extras))
+
+        def register(obj: Any) -> Any:
+            old = self._members.get(name)
+            if old is not None and (old.obj.__module__, old.obj.__qualname__) != (obj.__module__, obj.__qualname__):
+                raise PumiceError(
+                    f"{self.name} {name!r} is registered twice, in {old.obj.__module__} and {obj.__module__}: rename one."
+                )
+            if not inspect.getdoc(obj):
+                raise PumiceError(f"{self.name} {name!r} in {obj.__module__} has no docstring: say in one sentence what it does.")
+            self._members[name] = MethodInfo(
+                self.name, name, obj, key, paper, tuple(needs), {**self.extras, **extras}, _options(obj)
+            )
+            return obj
+
+        return register
+
+    def discover(self) -> None:
+        """Import every module of the family's package once.
+
+        Raises:
+            PumiceError: a module does not import; the message names its file, since a method that silently
+                disappears is worse than a program that does not start.
+        """
+        if self._discovered:
+            return
+        package = importlib.import_module(self.package)
+        for module in pkgutil.iter_modules(package.__path__, prefix=f"{self.package}."):
+            try:
+                importlib.import_module(module.name)
+            except Exception as error:
+                path = "/".join(module.name.split(".")) + ".py"
+                raise PumiceError(f"method file {path} does not import: {type(error).__name__}: {error}.") from error
+        self._discovered = True
+
+    def get(self, name: str) -> MethodInfo:
+        """The member called `name`; PumiceError with the nearest known name if there is none."""
+        self.discover()
+        if name not in self._members:
+            raise PumiceError(unknown(self.name, name, self._members))
+        return self._members[name]
+
+    def members(self) -> list[MethodInfo]:
+        self.discover()
+        return [self._members[name] for name in sorted(self._members)]
+
+    def bind(self, spec: str | Mapping[str, Any]) -> Bound:
+        """`"owl"` or `{"name": "owl", "lam": 0.1}` as a bound method."""
+        if isinstance(spec, str):
+            return self.get(spec).bind()
+        options = dict(spec)
+        if "name" not in options:
+            raise PumiceError(f"{self.name}={dict(spec)!r} has no 'name': write {{name: METHOD, option: value}}.")
+        return self.get(str(options.pop("name"))).bind(options)
+
+
+scorer = Family("score", "pumice.prune.score", scope="layer")
+recovery = Family("recover", "pumice.prune.recover", selects=False, patterns=None)
+allocation = Family("allocation", "pumice.prune.allocate", score=None)
+pattern = Family("pattern", "pumice.weights.patterns", grammar="")
+layout = Family("layout", "pumice.weights.layouts", storable=True)
+FAMILIES = {family.name: family for family in (scorer, recovery, allocation, pattern, layout)}
+
+
+def family(name: str) -> Family:
+    """The family called `name`."""
+    if name not in FAMILIES:
+        raise PumiceError(unknown("family", name, FAMILIES))
+    return FAMILIES[name]
+
+
+def methods(name: str | None = None) -> list[MethodInfo]:
+    """Everything registered, of one family or of all."""
+    chosen = FAMILIES.values() if name is None else [family(name)]
+    return [info for one in chosen for info in one.members()]
