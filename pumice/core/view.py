@@ -54,11 +54,14 @@ class WeightView:
 
     def matrix(self) -> Tensor:
         """w_OI in the parameter's own dtype, sharing its memory where the storage order allows it."""
-        w = self.tensor.detach()
+        return self.as_matrix(self.tensor.detach())
+
+    def as_matrix(self, tensor: Tensor) -> Tensor:
+        """A tensor of the parameter's shape (its gradient, say) as a matrix [O, I] of this view."""
         if self.expert is not None:
-            w = w[self.expert]
-        w = w.flatten(1)
-        return w.t() if self.transposed else w
+            tensor = tensor[self.expert]
+        tensor = tensor.flatten(1)
+        return tensor.t() if self.transposed else tensor
 
     def read(self) -> Tensor:
         """w_OI as a float32 copy; PumiceError naming the layer if it holds NaN or Inf."""

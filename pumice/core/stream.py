@@ -1,0 +1,393 @@
+"""Block-by-block walk of a model: each block is fed by the already changed blocks before it.
+
+Memory is one block plus the cached activations, if a `Source` loads blocks on demand. A model is cut into *units*
+(the blocks of its module lists, and prunable layers outside them) in the order in which a probe batch runs them.
+Consecutive units whose output is simply the next one's input form a *segment*: its activations are handed from unit to
+unit. Where a segment ends (another stack, a pooling, a branch), the next one's inputs come from a full forward pass.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pumice.core.errors import PumiceError
+from pumice.core.stats import Capture, EndOfPass
+from pumice.core.view import WeightView
+
+
+class Source(Protocol):
+    """Where the weights of a unit live between its turns."""
+
+    def load(self, name: str, module: nn.Module) -> None: ...
+    def free(self, name: str, module: nn.Module) -> None: ...
+
+
+class InMemory:
+    """The model is all there: nothing to load or free."""
+
+    def load(self, name: str, module: nn.Module) -> None:
+        del name, module
+
+    def free(self, name: str, module: nn.Module) -> None:
+        del name, module
+
+
+@dataclass
+class Unit:
+    """A part of the model that is changed in one go."""
+
+    name: str
+    module: nn.Module = field(repr=False)
+    views: list[WeightView] = field(default_factory=list, repr=False)
+    chained: bool = False
+    """Its hidden state is exactly what the unit before it returned."""
+
+
+def _block_lists(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Children of the outermost module lists and sequentials: the blocks."""
+
+    def walk(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        for name, child in module.named_children():
+            path = f"{prefix}{name}"
+            if isinstance(child, nn.ModuleList | nn.Sequential) and len(child) > 0:
+                for index, block in child.named_children():
+                    yield f"{path}.{index}", block
+            else:
+                yield from walk(f"{path}.", child)
+
+    if isinstance(model, nn.ModuleList | nn.Sequential):
+        yield from model.named_children()
+    else:
+        yield from walk("", model)
+
+
+def find_units(model: nn.Module, views: Sequence[WeightView]) -> list[Unit]:
+    """Units that hold all the views, in module order (the probe puts them into the order of execution)."""
+    blocks = dict(_block_lists(model))
+    units: dict[str, Unit] = {}
+    for view in views:
+        owner = next((n for n in blocks if view.module_name == n or view.module_name.startswith(f"{n}.")), None)
+        name, module = (view.module_name, view.module) if owner is None else (owner, blocks[owner])
+        units.setdefault(name, Unit(name, module)).views.append(view)
+    return list(units.values())
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden state in what a block returned."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, list | tuple):
+        return output[0]
+    if isinstance(output, Mapping):
+        return next(iter(output.values()))
+    raise PumiceError(f"a block returned {type(output).__name__}; only tensors, tuples and mappings can be followed.")
+
+
+def _like(output: Any, hidden: Tensor) -> Any:
+    """`hidden` in the wrapping that the block's callers expect."""
+    if isinstance(output, list | tuple):
+        return type(output)((hidden, *output[1:])) if type(output) in (list, tuple) else type(output)(hidden, *output[1:])
+    if isinstance(output, Mapping):
+        wrapped = copy.copy(output)
+        wrapped[next(iter(output))] = hidden  # type: ignore[index]
+        return wrapped
+    return hidden
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, Mapping):
+        for value in values.values():
+            yield from _tensors(value)
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _tensors(value)
+
+
+@dataclass
+class _CallRecord:
+    """Arguments of one call of a unit; `hidden` stands in the place `where` (position 0 or a keyword)."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    where: int | str
+
+    def hidden(self) -> Tensor:
+        return self.args[0] if isinstance(self.where, int) else self.kwargs[self.where]
+
+    def without_hidden(self) -> _CallRecord:
+        if isinstance(self.where, int):
+            return _CallRecord((None, *self.args[1:]), self.kwargs, self.where)
+        return _CallRecord(self.args, {**self.kwargs, self.where: None}, self.where)
+
+    def call(self, module: nn.Module, hidden: Tensor) -> Any:
+        if isinstance(self.where, int):
+            return module(hidden, *self.args[1:], **self.kwargs)
+        return module(*self.args, **{**self.kwargs, self.where: hidden})
+
+
+def _record(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _CallRecord:
+    if args and isinstance(args[0], Tensor):
+        return _CallRecord(args, dict(kwargs), 0)
+    where = next((key for key, value in kwargs.items() if isinstance(value, Tensor)), None)
+    if where is None:
+        raise PumiceError("a block was called without any tensor; its inputs cannot be followed.")
+    return _CallRecord(args, dict(kwargs), where)
+
+
+@contextmanager
+def _hooks(handles: list[Any]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """One forward pass: mappings as keywords (without labels), tuples as positions, a tensor alone."""
+    if isinstance(batch, Mapping):
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        if getattr(getattr(model, "config", None), "use_cache", None):
+            inputs.setdefault("use_cache", False)
+        return model(**inputs)
+    if isinstance(batch, list | tuple):
+        return model(*batch)
+    return model(batch)
+
+
+def token_mask(batch: Any) -> Tensor | None:
+    """The padding mask of a batch, when it has one that masks something."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all()) else None
+
+
+Collect = Callable[[frozenset[str]], dict[str, dict[str, Tensor]]]
+Visit = Callable[[Unit, Collect], None]
+
+
+class Stream:
+    """Walks `model` over calibration `batches`, unit by unit.
+
+    Args:
+        compute: dtype of the matrix products of the forward passes: float32, or bfloat16 (autocast; the residual
+            stream stays in the model's dtype).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        views: Sequence[WeightView],
+        batches: Sequence[Any],
+        *,
+        compute: torch.dtype = torch.float32,
+        source: Source | None = None,
+    ) -> None:
+        if not batches:
+            raise PumiceError("data is empty: the method needs at least one calibration batch.")
+        self.model, self.batches, self.compute = model, list(batches), compute
+        self.source: Source = source or InMemory()
+        self.device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        self._repeated: set[str] = set()
+        self._wrapping: dict[str, Any] = {}
+        with self._running():
+            self.units = self._probe(find_units(model, views))
+            self._verify()
+        reached = {unit.name for unit in self.units}
+        self.unreached = [unit for unit in find_units(model, views) if unit.name not in reached]
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Forward passes as calibration wants them: eval mode, no gradients, one expert after the other."""
+        training, config = self.model.training, getattr(self.model, "config", None)
+        experts = getattr(config, "_experts_implementation", None)
+        self.model.eval()
+        if experts is not None:
+            config._experts_implementation = "eager"  # type: ignore[union-attr]
+        bf16 = self.compute == torch.bfloat16
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
+            try:
+                yield
+            finally:
+                self.model.train(training)
+                if experts is not None:
+                    config._experts_implementation = experts  # type: ignore[union-attr]
+
+    def _loading(self, units: Sequence[Unit]) -> list[Any]:
+        handles = []
+        for unit in units:
+
+            def before(module: nn.Module, args: Any, *, name: str = unit.name) -> None:
+                self.source.load(name, module)
+
+            def after(module: nn.Module, args: Any, output: Any, *, name: str = unit.name) -> None:
+                self.source.free(name, module)
+
+            handles += [unit.module.register_forward_pre_hook(before), unit.module.register_forward_hook(after)]
+        return handles
+
+    def _probe(self, units: list[Unit]) -> list[Unit]:
+        """Units in the order of execution, with `chained` set, from one pass of the first batch."""
+        order: list[Unit] = []
+        outputs: dict[int, tuple[int, bool]] = {}
+        self._probed: dict[str, _CallRecord] = {}
+        keep: list[Any] = []
+        calls: dict[str, int] = {}
+
+        def before(unit: Unit) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+                calls[unit.name] = calls.get(unit.name, 0) + 1
+                record = _record(args, kwargs)
+                rest = record.without_hidden()
+                previous = outputs.get(id(record.hidden()))
+                strangers = any(id(t) in outputs for t in _tensors([rest.args, rest.kwargs]))
+                unit.chained = bool(order) and previous == (len(order) - 1, True) and not strangers
+                if calls[unit.name] == 1:
+                    order.append(unit)
+                    self._probed[unit.name] = rest
+                else:
+                    unit.chained = False
+
+            return hook
+
+        def after(unit: Unit) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+                keep.append(output)
+                self._wrapping[unit.name] = _like(output, torch.empty(0))
+                for tensor in _tensors(output):
+                    outputs[id(tensor)] = (order.index(unit), tensor is hidden_of(output))
+
+            return hook
+
+        handles = self._loading(units)
+        for unit in units:
+            handles.append(unit.module.register_forward_pre_hook(before(unit), with_kwargs=True))
+            handles.append(unit.module.register_forward_hook(after(unit), with_kwargs=True))
+        with _hooks(handles):
+            call_model(self.model, self.batches[0])
+        repeated = {name for name, count in calls.items() if count > 1}
+        for unit, following in zip(order, [*order[1:], None], strict=True):
+            if unit.name in repeated:
+                unit.chained = False
+                if following is not None:
+                    following.chained = False
+        self._repeated = repeated
+        return order
+
+    def _verify(self) -> None:
+        """Unchain the units whose other arguments depend on the hidden state in ways that the probe could not see."""
+        for run in self.segments():
+            if len(run) == 1:
+                continue
+            records = self._enter(run, self.batches[0])
+            for unit in run[1:]:
+                seen = [r.without_hidden() for r in records[unit.name]]
+                truth = list(_tensors([self._probed[unit.name].args, self._probed[unit.name].kwargs]))
+                found = list(_tensors([seen[0].args, seen[0].kwargs])) if len(seen) == 1 else None
+                same = found is not None and len(found) == len(truth)
+                unit.chained = same and all(torch.equal(a, b) for a, b in zip(found or [], truth, strict=False))
+        self._probed.clear()
+
+    def segments(self) -> list[list[Unit]]:
+        """Maximal runs of units that hand their hidden state on."""
+        runs: list[list[Unit]] = []
+        for unit in self.units:
+            if unit.chained and runs:
+                runs[-1].append(unit)
+            else:
+                runs.append([unit])
+        return runs
+
+    def _enter(self, run: list[Unit], batch: Any) -> dict[str, list[_CallRecord]]:
+        """How one full pass calls the units of a segment; they are passed over, since only their arguments matter."""
+        records: dict[str, list[_CallRecord]] = {unit.name: [] for unit in run}
+        originals = {unit.name: unit.module.__dict__.get("forward") for unit in run}
+
+        def recorder(unit: Unit, true_forward: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                record = _record(args, kwargs)
+                records[unit.name].append(record)
+                if unit.name in self._repeated:
+                    return true_forward(*args, **kwargs)
+                if unit is run[-1]:
+                    raise EndOfPass
+                return _like(self._wrapping[unit.name], record.hidden())
+
+            return forward
+
+        outside = [unit for unit in self.units if unit not in run or unit.name in self._repeated]
+        try:
+            for unit in run:
+                unit.module.forward = recorder(unit, unit.module.forward)  # type: ignore[method-assign]
+            with _hooks(self._loading(outside)):
+                call_model(self.model, batch)
+        except EndOfPass:
+            pass
+        finally:
+            for unit in run:
+                del unit.module.forward
+                if originals[unit.name] is not None:
+                    unit.module.forward = originals[unit.name]  # type: ignore[method-assign]
+        return records
+
+    def walk(self, visit: Visit) -> None:
+        """Call `visit(unit, collect)` for every unit in order.
+
+        `collect(needs)` runs the calibration data through the unit as it is and returns the statistics of its views.
+        Changed by `visit` or not, the unit then feeds the next one.
+
+        Raises:
+            PumiceError: activations are NaN or Inf (names the unit).
+        """
+        with self._running():
+            for run in self.segments():
+                self._walk_segment(run, visit)
+
+    def _walk_segment(self, run: list[Unit], visit: Visit) -> None:
+        calls: dict[str, list[list[_CallRecord]]] = {unit.name: [] for unit in run}
+        hidden: list[list[Tensor]] = []
+        for batch in self.batches:
+            records = self._enter(run, batch)
+            hidden.append([record.hidden() for record in records[run[0].name]])
+            for unit in run:
+                calls[unit.name].append([record.without_hidden() for record in records[unit.name]])
+        for unit in run:
+            self.source.load(unit.name, unit.module)
+            try:
+                visit(unit, lambda needs, unit=unit: self._collect(unit, calls[unit.name], hidden, needs))
+                if unit is not run[-1]:
+                    self._advance(unit, calls[unit.name], hidden)
+            finally:
+                self.source.free(unit.name, unit.module)
+            del calls[unit.name]
+
+    def _collect(
+        self, unit: Unit, calls: list[list[_CallRecord]], hidden: list[list[Tensor]], needs: frozenset[str]
+    ) -> dict[str, dict[str, Tensor]]:
+        capture = Capture(unit.views, needs, batches=len(self.batches), bf16=self.compute == torch.bfloat16)
+        for batch, batch_calls, states in zip(self.batches, calls, hidden, strict=True):
+            capture.next_batch(token_mask(batch))
+            for index, (record, state) in enumerate(zip(batch_calls, states, strict=True)):
+                capture.may_end = index == len(states) - 1
+                try:
+                    with capture:
+                        record.call(unit.module, state)
+                except EndOfPass:
+                    continue
+        return capture.finish()
+
+    def _advance(self, unit: Unit, calls: list[list[_CallRecord]], hidden: list[list[Tensor]]) -> None:
+        for index, (batch_calls, states) in enumerate(zip(calls, hidden, strict=True)):
+            hidden[index] = [
+                hidden_of(record.call(unit.module, state)) for record, state in zip(batch_calls, states, strict=True)
+            ]
+            if not all(torch.isfinite(state).all() for state in hidden[index]):
+                raise PumiceError(f"calibration: block {unit.name} returns NaN or Inf; try --dtype float32.")
