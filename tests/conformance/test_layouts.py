@@ -12,7 +12,7 @@ from pumice.weights.layouts.base import Packed, pack, pack_bits, pack_smallest, 
 from pumice.weights.layouts.nm import rank, unrank
 
 LAYOUTS = [info.name for info in registry.family("layout").members()]
-PARAMS = {"nm": [{"n": 2, "m": 4}, {"n": 4, "m": 8}, {"n": 1, "m": 4}], "block": [{"r": 4, "c": 8}, {"r": 16, "c": 32}]}
+PARAMS = {info.name: info.obj.examples for info in registry.family("layout").members()}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -58,7 +58,7 @@ def matrices(dtype):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_round_trip_is_exact_and_size_is_known_beforehand(name, dtype):
     accepted = 0
-    for (what, w), params in itertools.product(matrices(dtype), PARAMS.get(name, [{}])):
+    for (what, w), params in itertools.product(matrices(dtype), PARAMS[name]):
         cls = registry.layout.get(name).obj
         if cls.refuse(w, **params):
             continue
@@ -77,13 +77,13 @@ def test_round_trip_is_exact_and_size_is_known_beforehand(name, dtype):
 def test_negative_zero_is_a_zero(name):
     w = torch.full((16, 32), -0.0)
     w[0, 0] = 1
-    back = unpack(pack(w, name, **PARAMS.get(name, [{}])[0]))
+    back = unpack(pack(w, name, **PARAMS[name][0]))
     assert not torch.signbit(back).any()
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_description_rebuilds_the_empty_tensors(name):
-    packed = pack(n_of_m(32, 64, 1, 4, torch.bfloat16), name, **PARAMS.get(name, [{}])[0])
+    packed = pack(n_of_m(32, 64, 1, 4, torch.bfloat16), name, **PARAMS[name][0])
     again = Packed.empty(packed.describe())
     assert again.specs() == packed.specs() and again.params == packed.params and again.shape == packed.shape
     assert again.device.type == "meta"
@@ -93,7 +93,7 @@ def test_description_rebuilds_the_empty_tensors(name):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_tensors_go_through_safetensors(name, tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
-    packed = pack(n_of_m(32, 64, 1, 4), name, **PARAMS.get(name, [{}])[0])
+    packed = pack(n_of_m(32, 64, 1, 4), name, **PARAMS[name][0])
     safetensors.save_file(packed.tensors, tmp_path / "t.safetensors")
     packed.tensors = safetensors.load_file(tmp_path / "t.safetensors")
     validate(packed)
@@ -102,7 +102,7 @@ def test_tensors_go_through_safetensors(name, tmp_path):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_damage_is_noticed(name):
-    packed = pack(n_of_m(32, 64, 1, 4), name, **PARAMS.get(name, [{}])[0])
+    packed = pack(n_of_m(32, 64, 1, 4), name, **PARAMS[name][0])
     for key in packed.tensors:
         broken = Packed(packed.layout, packed.shape, packed.dtype, dict(packed.tensors), packed.params)
         broken.tensors[key] = packed.tensors[key][:-1]

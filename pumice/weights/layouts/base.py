@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -118,6 +118,9 @@ class Layout:
 
     Zero means `== 0`, so that negative zero is a zero and NaN is not; a sparse layout gives positive zeros back.
     """
+
+    examples: ClassVar[tuple[dict[str, int], ...]] = ({},)
+    """Parameters that the conformance suite runs over."""
 
     @staticmethod
     def refuse(w_OI: Tensor, **params: int) -> str | None:

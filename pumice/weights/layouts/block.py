@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,8 @@ class Block(Layout):
     Tensors: `values` [blocks, r, c]; `columns` int32 [blocks], the block column of each (first column / c);
     `row_starts` int32 [O / r + 1], where each row of blocks begins. Blocks are ordered by row of blocks, then column.
     """
+
+    examples: ClassVar = ({"r": 4, "c": 8}, {"r": 16, "c": 32})
 
     @staticmethod
     def refuse(w_OI: Tensor, **params: int) -> str | None:
