@@ -195,7 +195,7 @@ class Family:
 
 scorer = Family("score", "pumice.prune.score", scope="layer")
 recovery = Family("recover", "pumice.prune.recover", selects=False, patterns=None)
-allocation = Family("allocation", "pumice.prune.allocate", score=None)
+allocation = Family("allocation", "pumice.prune.allocate")
 pattern = Family("pattern", "pumice.weights.patterns", grammar="")
 layout = Family("layout", "pumice.weights.layouts", storable=True)
 FAMILIES = {family.name: family for family in (scorer, recovery, allocation, pattern, layout)}

@@ -31,6 +31,7 @@ MODEL_STATS = {
     "gradient": "gradient of the mean loss, [O, I]",
     "fisher_diag": "mean over batches of the squared gradient, [O, I] (empirical Fisher diagonal)",
 }
+MADE_STATS = {"random": "uniform noise seeded by the layer's name, [O, I]"}
 SAMPLE_ROWS = 512
 
 Stats = Mapping[str, Tensor]
@@ -39,8 +40,8 @@ Stats = Mapping[str, Tensor]
 def split_needs(needs: Iterable[str]) -> tuple[frozenset[str], frozenset[str]]:
     """Statistics of layers and of the whole model among `needs`; PumiceError for an unknown one."""
     wanted = frozenset(needs)
-    for name in wanted - LAYER_STATS.keys() - MODEL_STATS.keys():
-        raise PumiceError(unknown("statistic", name, [*LAYER_STATS, *MODEL_STATS]))
+    for name in wanted - LAYER_STATS.keys() - MODEL_STATS.keys() - MADE_STATS.keys():
+        raise PumiceError(unknown("statistic", name, [*LAYER_STATS, *MODEL_STATS, *MADE_STATS]))
     return wanted & LAYER_STATS.keys(), wanted & MODEL_STATS.keys()
 
 

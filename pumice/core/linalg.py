@@ -1,0 +1,38 @@
+"""The few matrix solves that several methods share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pumice.core.errors import PumiceError
+
+
+def damped_cholesky(hessian_II: Tensor, damp: float) -> tuple[Tensor, float]:
+    """Lower Cholesky factor of H + damp·mean(diag H)·I, and the damping that it took.
+
+    Inputs that are always zero get a one on the diagonal. If the matrix is not positive definite, the damping is
+    raised ten-fold until it is.
+
+    Raises:
+        PumiceError: H is not finite, or no damping up to 10 helps.
+    """
+    if not torch.isfinite(hessian_II).all():
+        raise PumiceError("the Hessian holds NaN or Inf: look at the calibration activations of this layer.")
+    hessian = hessian_II.clone()
+    diagonal = torch.diagonal(hessian)
+    mean = float(diagonal.mean())
+    diagonal[diagonal <= 0] = mean if mean > 0 else 1.0
+    tried = damp
+    while tried <= 10 * max(damp, 1.0):
+        lower, info = torch.linalg.cholesky_ex(hessian + torch.eye(len(hessian)).to(hessian) * (tried * mean))
+        if int(info) == 0 and torch.isfinite(lower).all():
+            return lower, tried
+        tried = max(tried * 10, 1e-4)
+    raise PumiceError(f"the Hessian is not positive definite even with damp={tried / 10:g}: use more calibration data.")
+
+
+def damped_inverse(hessian_II: Tensor, damp: float) -> tuple[Tensor, float]:
+    """Inverse of the damped Hessian, and the damping that it took."""
+    lower, used = damped_cholesky(hessian_II, damp)
+    return torch.cholesky_inverse(lower), used

@@ -1,0 +1,279 @@
+"""One-shot pruning of a model: allocate, then walk block by block, score, select, recover, write."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pumice.core import registry
+from pumice.core.errors import PumiceError
+from pumice.core.progress import bar
+from pumice.core.stats import Stats, model_stats, split_needs
+from pumice.core.stream import Collect, InMemory, Source, Stream, Unit, find_units
+from pumice.core.view import WeightView, find_views
+from pumice.prune.allocate.base import Layers
+from pumice.prune.axes import Axes
+from pumice.prune.layer import Score, Selector
+
+
+@dataclass
+class LayerResult:
+    """What happened to one weight."""
+
+    name: str
+    block: str
+    shape: tuple[int, int]
+    density: float
+    """Share of weights that are not zero."""
+    asked: float
+    error: float | None
+    """‖X(W−W')ᵀ‖ / ‖XWᵀ‖ on a sample of the layer's calibration inputs; None where nothing was calibrated."""
+    weight_error: float
+    """‖W−W'‖ / ‖W‖."""
+    seconds: float
+    method: str
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class PruneResult:
+    """Per-layer density, error and time, and the whole."""
+
+    recipe: dict[str, Any]
+    layers: list[LayerResult]
+    seconds: float
+    peak_memory_bytes: int
+    notes: list[str] = field(default_factory=list)
+    resumed_units: int = 0
+    path: str | None = None
+
+    @property
+    def density(self) -> float:
+        """Share of nonzero weights over all pruned layers."""
+        total = sum(o * i for o, i in (layer.shape for layer in self.layers))
+        return sum(layer.density * layer.shape[0] * layer.shape[1] for layer in self.layers) / max(total, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "density": self.density}
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def random_scores(shape: tuple[int, int], seed: int, name: str) -> Tensor:
+    """Noise that depends on the seed and the layer's name only, so that a resumed run draws the same."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+    return torch.rand(shape, generator=generator)
+
+
+class Pruner:
+    """Prunes the views of a model in place by one set of axes.
+
+    Args:
+        batches: calibration batches as the model takes them; may be empty if nothing needs data.
+        compute: dtype of the matrix products while calibrating.
+        source: loads and frees units of a model that is not in memory.
+        loss: `f(model, batch) -> scalar` for gradient statistics of models that return no loss.
+        finished: called after each unit with its layer results (to write it away).
+        done: units that an earlier, interrupted run finished: name -> their results. They only feed the next ones.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        axes: Axes,
+        batches: Sequence[Any] = (),
+        *,
+        compute: torch.dtype = torch.float32,
+        source: Source | None = None,
+        loss: Callable[[nn.Module, Any], Tensor] | None = None,
+        seed: int = 0,
+        progress: bool = True,
+        finished: Callable[[Unit, list[LayerResult]], None] | None = None,
+        done: dict[str, list[LayerResult]] | None = None,
+    ) -> None:
+        self.model, self.axes, self.batches, self.compute = model, axes, list(batches), compute
+        self.source, self.loss, self.seed, self.progress = source or InMemory(), loss, seed, progress
+        self.finished, self.done = finished, done or {}
+        self.views = find_views(model, axes.targets, axes.ignore)
+        axes.check_views(self.views)
+        self.layer_needs, self.model_needs = split_needs(axes.needs)
+        if axes.needs_data and not self.batches:
+            wanted = ", ".join(sorted((axes.needs | set(axes.allocation.info.needs)) - {"random"}))
+            raise PumiceError(f"data=None: method {axes.name!r} measures {wanted} and needs calibration data; pass data=….")
+        self.notes: list[str] = []
+        self._whole: dict[str, dict[str, Tensor]] = {}
+        self._densities: dict[str, float] = {}
+
+    def run(self) -> PruneResult:
+        """Prune everything; an exception leaves the finished units pruned and the others as they were."""
+        start = time.perf_counter()
+        # A fresh find_units gives blocks in module order; with data, the stream knows the order of execution.
+        stream = None
+        if self.batches:
+            stream = Stream(self.model, self.views, self.batches, compute=self.compute, source=self.source)
+        units = stream.units + stream.unreached if stream else find_units(self.model, self.views)
+        if self.model_needs:
+            self._whole = self._model_stats()
+        self._densities = self._allocate(units, stream)
+        layers: list[LayerResult] = []
+        with bar(len(units), f"prune ({self.axes.name})", enabled=self.progress, unit="block") as shown:
+
+            def visit(unit: Unit, collect: Collect | None) -> None:
+                layers.extend(self._prune_unit(unit, collect))
+                shown.update()
+
+            if stream and self.layer_needs | {"input"}:
+                stream.walk(visit)
+                rest = stream.unreached
+            else:
+                rest = units
+            for unit in rest:
+                self.source.load(unit.name, unit.module)
+                visit(unit, None)
+                self.source.free(unit.name, unit.module)
+        seconds = time.perf_counter() - start
+        return PruneResult(
+            self.axes.describe(), layers, seconds, peak_memory_bytes(), self.notes, resumed_units=len(self.done)
+        )
+
+    def _model_stats(self) -> dict[str, dict[str, Tensor]]:
+        if not isinstance(self.source, InMemory):
+            wanted = ", ".join(sorted(self.model_needs))
+            raise PumiceError(
+                f"method {self.axes.name!r} needs {wanted} of the whole model at once, which a model streamed from disk "
+                "cannot give: load it into memory, or use wanda or sparsegpt."
+            )
+        batches = [dict(b) if isinstance(b, dict) else b for b in self.batches]
+        return model_stats(self.model, self.views, batches, self.model_needs, self.loss)
+
+    def _allocate(self, units: Sequence[Unit], stream: Stream | None) -> dict[str, float]:
+        """Density of every view; statistics for it come from the dense model."""
+        axes = self.axes
+        uniform = axes.allocation.name == "uniform"
+        dense: dict[str, dict[str, Tensor]] = {}
+        # The score's statistics are needed too where the allocation compares the score itself (global).
+        layer_needs, _ = split_needs(frozenset(axes.allocation.info.needs) | (frozenset() if uniform else axes.needs))
+        if stream is not None and layer_needs and not uniform:
+            if "hessian" in layer_needs and "hessian" not in axes.allocation.info.needs and axes.allocation.name != "global":
+                layer_needs -= {"hessian"}
+            with bar(len(units), f"allocate ({axes.allocation.name})", enabled=self.progress, unit="block") as shown:
+
+                def visit(unit: Unit, collect: Collect) -> None:
+                    dense.update(collect(layer_needs))
+                    shown.update()
+
+                stream.walk(visit)
+
+        def read() -> Iterator[tuple[WeightView, Tensor, Stats]]:
+            for unit in units:
+                self.source.load(unit.name, unit.module)
+                for view in unit.views:
+                    yield view, view.read(), self._flat_stats(view, dense.get(view.name, {}))
+                self.source.free(unit.name, unit.module)
+
+        blocks = {view.name: unit.name for unit in units for view in unit.views}
+        ordered = [view for unit in units for view in unit.views]
+        return axes.allocation(Layers(ordered, blocks, read, lambda w, stats: axes.score(w, stats)), axes.density)
+
+    def _flat_stats(self, view: WeightView, stats: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Vector statistics broadcast to the view's rows, where a grouped convolution has one per group."""
+        rows = view.shape_OI[0] // view.groups
+        flat = {
+            name: value[0] if view.groups == 1 else value.repeat_interleave(rows, 0)
+            for name, value in stats.items()
+            if value.dim() == 2 or view.groups == 1
+        }
+        return {**flat, **self._whole.get(view.name, {}), **self._random(view)}
+
+    def _random(self, view: WeightView) -> dict[str, Tensor]:
+        if "random" not in self.axes.needs:
+            return {}
+        return {"random": random_scores(view.shape_OI, self.seed, view.name)}
+
+    def _prune_unit(self, unit: Unit, collect: Collect | None) -> list[LayerResult]:
+        if unit.name in self.done:
+            return self.done[unit.name]
+        stats = collect(self.layer_needs | {"input"}) if collect is not None else {}
+        results = [self._prune_view(view, unit, stats.get(view.name)) for view in unit.views]
+        if self.finished is not None:
+            self.finished(unit, results)
+        return results
+
+    def _prune_view(self, view: WeightView, unit: Unit, stats: dict[str, Tensor] | None) -> LayerResult:
+        start = time.perf_counter()
+        axes, w = self.axes, view.read()
+        selector = Selector(axes.fitted(view), self._densities[view.name])
+        score, recover, method = axes.score, axes.recover, axes.name
+        if stats is None and self.layer_needs - {"input"}:
+            score, recover, method = registry.scorer.bind("magnitude"), registry.recovery.bind("none"), "magnitude"
+            note = "the calibration data never reached this layer: pruned by magnitude"
+            selector.note(note)
+            self.notes.append(f"{view.name}: {note}")
+        sample = None if stats is None else stats.get("input")
+        if view.groups == 1:
+            new, mask = _solve(w, self._flat_stats(view, stats or {}), score, recover, axes, selector)
+        else:
+            new, mask = self._solve_groups(view, w, stats or {}, score, recover, selector)
+        if not selector.pattern.verify(mask):
+            raise PumiceError(f"recovery {recover.name!r} broke pattern {axes.pattern.text!r} on {view.name}: report this.")
+        view.write(new)
+        error = None if sample is None else _output_error(sample, w, new, view.groups)
+        weight_error = float((w - new).norm() / w.norm().clamp(min=1e-30))
+        o, i = view.shape_OI
+        return LayerResult(
+            view.name,
+            unit.name,
+            (o, i),
+            float(mask.float().mean()) if mask.numel() else 0.0,
+            self._densities[view.name],
+            error,
+            weight_error,
+            time.perf_counter() - start,
+            method,
+            selector.notes,
+        )
+
+    def _solve_groups(
+        self, view: WeightView, w: Tensor, stats: dict[str, Tensor], score: Any, recover: Any, selector: Selector
+    ) -> tuple[Tensor, Tensor]:
+        """A grouped convolution: each group reads other inputs, so recoveries that compensate take them one by one."""
+        if recover.name == "none":
+            return _solve(w, self._flat_stats(view, stats), score, recover, self.axes, selector)
+        whole = self._flat_stats(view, {})
+        rows = w.shape[0] // view.groups
+        parts = []
+        for group in range(view.groups):
+            part = slice(group * rows, (group + 1) * rows)
+            local = {name: value[group] for name, value in stats.items()}
+            local.update({name: value[part] for name, value in whole.items()})
+            parts.append(_solve(w[part], local, score, recover, self.axes, selector))
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def _solve(
+    w: Tensor, stats: Stats, score: Any, recover: Any, axes: Axes, selector: Selector
+) -> tuple[Tensor, Tensor]:
+    bound: Score | None = lambda weight: score(weight, stats)  # noqa: E731 - a name would say no more
+    if axes.selects_itself and score is axes.score:
+        bound = None
+    return recover(w, stats, bound, selector)
+
+
+def _output_error(x_GSI: Tensor, w: Tensor, new: Tensor, groups: int) -> float:
+    rows = w.shape[0] // groups
+    parts = [(x_GSI[g], slice(g * rows, (g + 1) * rows)) for g in range(groups)]
+    wrong = sum(float((x @ (w[part] - new[part]).t()).square().sum()) for x, part in parts)
+    right = sum(float((x @ w[part].t()).square().sum()) for x, part in parts)
+    return (wrong / right) ** 0.5 if right > 0 else 0.0
