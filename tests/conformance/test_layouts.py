@@ -85,7 +85,9 @@ def test_negative_zero_is_a_zero(name):
 def test_description_rebuilds_the_empty_tensors(name):
     packed = pack(n_of_m(32, 64, 1, 4, torch.bfloat16), name, **PARAMS[name][0])
     again = Packed.empty(packed.describe())
-    assert again.specs() == packed.specs() and again.params == packed.params and again.shape == packed.shape
+    assert again.specs() == packed.specs()
+    assert again.params == packed.params
+    assert again.shape == packed.shape
     assert again.device.type == "meta"
     assert torch.equal(unpack(packed.astype(torch.float32)), unpack(packed).float())
 
@@ -115,7 +117,13 @@ def test_damage_is_noticed(name):
 
 @pytest.mark.parametrize(
     ("name", "tensor", "value"),
-    [("bitmask", "bitmask", 255), ("csr", "columns", 64), ("csr", "row_starts", 1), ("block", "columns", 8), ("nm", "codes", 255)],
+    [
+        ("bitmask", "bitmask", 255),
+        ("csr", "columns", 64),
+        ("csr", "row_starts", 1),
+        ("block", "columns", 8),
+        ("nm", "codes", 255),
+    ],
 )
 def test_positions_out_of_range_are_noticed(name, tensor, value):
     params = {"nm": {"n": 2, "m": 4}, "block": {"r": 4, "c": 8}}.get(name, {})
@@ -135,7 +143,8 @@ def test_half_of_bf16_takes_at_most_57_percent():
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 4), (2, 8)])
 def test_smallest_finds_n_of_m_unhinted(n, m):
     packed = pack_smallest(n_of_m(64, 64, n, m, torch.bfloat16))
-    assert packed.layout == "nm" and packed.params == {"n": n, "m": m}
+    assert packed.layout == "nm"
+    assert packed.params == {"n": n, "m": m}
 
 
 def test_smallest_takes_hints():
@@ -143,7 +152,8 @@ def test_smallest_takes_hints():
     w = torch.randn(40, 60)
     w.view(8, 5, 10, 6)[:, :, ::2] = 0
     packed = pack_smallest(w, Hint("block", r=5, c=6))
-    assert packed.layout == "block" and packed.params == {"r": 5, "c": 6}
+    assert packed.layout == "block"
+    assert packed.params == {"r": 5, "c": 6}
     assert torch.equal(unpack(packed), w)
 
 

@@ -31,7 +31,8 @@ def test_selects_a_legal_mask_of_the_asked_density(text):
     density = wanted(pattern)
     pattern.check_shape("layer", *SHAPE, density)
     mask = pattern.select(scores(), density)
-    assert mask.dtype == torch.bool and mask.shape == SHAPE
+    assert mask.dtype == torch.bool
+    assert mask.shape == SHAPE
     assert pattern.verify(mask)
     assert abs(mask.float().mean() - density) < 1e-6
     assert torch.equal(mask, pattern.select(scores(), density))
@@ -41,7 +42,8 @@ def test_selects_a_legal_mask_of_the_asked_density(text):
 def test_text_reads_back(text):
     assert parse(parse(text).text) == parse(text)
     assert parse(parse(text)) == parse(text)
-    assert isinstance(parse(text), Pattern) and parse(text).scope in {"row", "layer", "global"}
+    assert isinstance(parse(text), Pattern)
+    assert parse(text).scope in {"row", "layer", "global"}
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -137,7 +139,8 @@ def test_shapes_that_do_not_fit_name_the_layer_and_the_remedy(text, shape, reaso
     pattern = parse(text)
     with pytest.raises(PumiceError, match=reason) as caught:
         pattern.check_shape("model.layers.0.fc", *shape, wanted(pattern))
-    assert "model.layers.0.fc" in str(caught.value) and "ignore" in str(caught.value)
+    assert "model.layers.0.fc" in str(caught.value)
+    assert "ignore" in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["3:2", "0:4", "0x4", "column:0", "unstructured:model", "diagonal", "2-4", ""])

@@ -18,7 +18,16 @@ from pumice.core.errors import PumiceError
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.uint8, torch.uint16, torch.int32, torch.int64)
+    for dtype in (
+        torch.bfloat16,
+        torch.float16,
+        torch.float32,
+        torch.float64,
+        torch.uint8,
+        torch.uint16,
+        torch.int32,
+        torch.int64,
+    )
 }
 
 
@@ -226,7 +235,9 @@ def unpack_bits(packed: Tensor, n: int) -> Tensor:
     return ((packed.unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., :n].bool()
 
 
-def shape_fault(packed: Packed, expected: Mapping[str, tuple[tuple[int | None, ...], tuple[torch.dtype, ...]]]) -> str | None:
+def shape_fault(
+    packed: Packed, expected: Mapping[str, tuple[tuple[int | None, ...], tuple[torch.dtype, ...]]]
+) -> str | None:
     """First tensor that is missing, or not of its expected shape (None = any length) and dtype."""
     for name, (shape, dtypes) in expected.items():
         tensor = packed.tensors.get(name)

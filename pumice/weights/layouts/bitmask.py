@@ -11,6 +11,13 @@ from pumice.core.registry import layout
 from pumice.weights.layouts.base import Layout, Packed, pack_bits, shape_fault, unpack_bits
 
 
+def count_bits(bitmask: Tensor) -> int:
+    """Set bits of a uint8 tensor, summed pairwise in place of unpacking (eight times the memory)."""
+    pairs = bitmask - ((bitmask >> 1) & 0x55)
+    fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return int(((fours + (fours >> 4)) & 0x0F).sum())
+
+
 @layout("bitmask")
 class Bitmask(Layout):
     """A bit for every position and the nonzero numbers row by row: the layout for any mask at moderate density.
@@ -47,8 +54,8 @@ class Bitmask(Layout):
         )
         if wrong:
             return wrong
-        bits = unpack_bits(packed.tensors["bitmask"], math.ceil(i / 8) * 8)
-        if bits[:, i:].any():
+        bitmask = packed.tensors["bitmask"]
+        if i % 8 and bool((bitmask[:, -1] >> (i % 8)).any()):
             return "its bitmask marks columns beyond the width"
-        marked, stored = int(bits.sum()), packed.tensors["values"].numel()
+        marked, stored = count_bits(bitmask), packed.tensors["values"].numel()
         return None if marked == stored else f"its bitmask marks {marked} numbers and {stored} are stored"

@@ -30,6 +30,9 @@ class Pattern(ABC):
     group_columns: ClassVar[int | None] | property = 1
     """How many neighbouring columns are decided together; None where the whole matrix has to be seen."""
 
+    decides_locally: ClassVar[bool] = False
+    """Whether a column group is decided by its own scores alone, so that a column-by-column solver may decide late."""
+
     @classmethod
     @abstractmethod
     def from_text(cls, text: str, default_scope: str) -> Pattern | None:

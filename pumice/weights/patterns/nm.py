@@ -23,6 +23,7 @@ class NOfM(Pattern):
     n: int
     m: int
     scope = "row"
+    decides_locally = True
 
     @classmethod
     def from_text(cls, text: str, default_scope: str) -> Pattern | None:
