@@ -1,0 +1,62 @@
+// Kernels for AVX-512 F, BW, DQ and VL (Skylake server and later): sixteen columns at a time by vpexpandd, in fp32.
+#include "kernels.h"
+
+#if (defined(__x86_64__) || defined(_M_X64)) && !defined(PUMICE_PORTABLE_ONLY)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,popcnt,bmi,bmi2"))), apply_to = function)
+#elif defined(__GNUC__)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,popcnt,bmi,bmi2")
+#endif
+
+#include "driver.h"
+#include "avx512_fp32.h"
+
+namespace pumice {
+namespace {
+
+struct Avx512 : Fp32Sums {
+  // 16-bit values have no expansion of their own in this set: they pass through 32-bit lanes.
+  static void expand_row(const uint16_t* p, const uint8_t* mask, int64_t I, uint16_t* out) {
+    for (int64_t i = 0; i < I; i += 16) {
+      const __mmask16 bits = (__mmask16)(mask_word(mask, i / 64, I) >> (i % 64));
+      const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+      const __m256i w = _mm512_cvtepi32_epi16(_mm512_maskz_expand_epi32(bits, wide));
+      if (I - i >= 16)
+        _mm256_storeu_si256((__m256i*)(out + i), w);
+      else
+        _mm256_mask_storeu_epi16(out + i, (__mmask16)((1u << (I - i)) - 1), w);
+      p += _mm_popcnt_u32(bits);
+    }
+  }
+
+  static void expand_row(const uint32_t* p, const uint8_t* mask, int64_t I, uint32_t* out) {
+    expand_row32(p, mask, I, out);
+  }
+};
+
+const Kernels table = {"avx512",
+                       false,
+                       {bitmask_product<Avx512, BF16>, bitmask_product<Avx512, float>},
+                       {block_product<Avx512, BF16>, block_product<Avx512, float>},
+                       expand_rows<Avx512, uint16_t>,
+                       expand_rows<Avx512, uint32_t>};
+
+}  // namespace
+
+const Kernels* avx512_kernels() { return &table; }
+
+}  // namespace pumice
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#else
+
+namespace pumice {
+const Kernels* avx512_kernels() { return nullptr; }
+}  // namespace pumice
+
+#endif

@@ -1,0 +1,130 @@
+// Kernels for AVX-512 with VBMI2 and BF16 (Zen 4, Sapphire Rapids and later): 32 bf16 columns by vpexpandw, multiplied
+// in pairs by vdpbf16ps into fp32 sums. vpexpandw works on a loaded register; its form that reads memory is slow.
+#include "kernels.h"
+
+#if (defined(__x86_64__) || defined(_M_X64)) && !defined(PUMICE_PORTABLE_ONLY) && \
+    (!defined(__GNUC__) || defined(__clang__) || __GNUC__ >= 10)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512bf16,avx2,fma,popcnt,bmi,bmi2"))), apply_to = function)
+#elif defined(__GNUC__)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512bf16,avx2,fma,popcnt,bmi,bmi2")
+#endif
+
+#include "driver.h"
+#include "avx512_fp32.h"
+
+namespace pumice {
+namespace {
+
+inline __m512bh pairs(__m512i v) { return (__m512bh)v; }
+
+struct Bf16Sums {
+  template <class T>
+  using X = BF16;
+  static constexpr int kDotRows = 8, kTileRows = 4, kTileSums = 16;
+
+  template <int N, int U>
+  static inline const BF16* word(const BF16* p, uint64_t bits, const BF16* x, int64_t stride, __m512 (*acc)[U], int u) {
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t mask = (uint32_t)(bits >> (32 * half));
+      const __m512i w = _mm512_maskz_expand_epi16((__mmask32)mask, _mm512_loadu_si512(p));
+      p += _mm_popcnt_u32(mask);
+      for (int n = 0; n < N; ++n)
+        acc[n][u + half] =
+            _mm512_dpbf16_ps(acc[n][u + half], pairs(w), pairs(_mm512_loadu_si512(x + n * stride + 32 * half)));
+    }
+    return p;
+  }
+
+  template <class T, int N>
+  static void dot(const BF16* p, const uint8_t* mask, const BF16* x, int64_t stride, int64_t I, float* sums) {
+    constexpr int U = N == 1 ? 4 : 2;  // sums in flight, to hide the latency of vdpbf16ps
+    __m512 acc[N][U];
+    for (int n = 0; n < N; ++n)
+      for (int u = 0; u < U; ++u) acc[n][u] = _mm512_setzero_ps();
+    int64_t j = 0;
+    for (; 64 * j + 32 * U <= I; j += U / 2)
+      for (int u = 0; u < U; u += 2) {
+        uint64_t bits;
+        memcpy(&bits, mask + 8 * (j + u / 2), 8);
+        _mm_prefetch((const char*)p + kAhead, _MM_HINT_T0);
+        p = word<N, U>(p, bits, x + 64 * j + 32 * u, stride, acc, u);
+      }
+    for (; 64 * j < I; ++j) p = word<N, U>(p, mask_word(mask, j, I), x + 64 * j, stride, acc, 0);
+    for (int n = 0; n < N; ++n) {
+      __m512 total = acc[n][0];
+      for (int u = 1; u < U; ++u) total = _mm512_add_ps(total, acc[n][u]);
+      sums[n] = _mm512_reduce_add_ps(total);
+    }
+  }
+
+  template <class T, int M, int N>
+  static void tile(const BF16* values, const int32_t* columns, int64_t begin, int64_t end, int64_t r, int64_t c,
+                   const BF16* x, int64_t stride, float (*sums)[N]) {
+    __m512 acc[M][N];
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) acc[m][n] = _mm512_setzero_ps();
+    for (int64_t b = begin; b < end; ++b) {
+      const BF16* w = values + b * r * c;
+      const BF16* xs = x + columns[b] * c;
+      for (int64_t k = 0; k < c; k += 32) {
+        const __mmask32 inside = c - k >= 32 ? (__mmask32)0xffffffff : (__mmask32)((1u << (c - k)) - 1);
+        __m512bh v[N];
+        for (int n = 0; n < N; ++n) v[n] = pairs(_mm512_maskz_loadu_epi16(inside, xs + n * stride + k));
+        for (int m = 0; m < M; ++m) {
+          const __m512bh row = pairs(_mm512_maskz_loadu_epi16(inside, w + m * c + k));
+          for (int n = 0; n < N; ++n) acc[m][n] = _mm512_dpbf16_ps(acc[m][n], row, v[n]);
+        }
+      }
+    }
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) sums[m][n] = _mm512_reduce_add_ps(acc[m][n]);
+  }
+
+  static constexpr int64_t kAhead = 2048;  // bytes of values fetched ahead of their use
+};
+
+struct Expansion {
+  static void expand_row(const uint16_t* p, const uint8_t* mask, int64_t I, uint16_t* out) {
+    for (int64_t i = 0; i < I; i += 32) {
+      const uint32_t bits = (uint32_t)(mask_word(mask, i / 64, I) >> (i % 64));
+      const __m512i w = _mm512_maskz_expand_epi16((__mmask32)bits, _mm512_loadu_si512(p));
+      if (I - i >= 32)
+        _mm512_storeu_si512(out + i, w);
+      else
+        _mm512_mask_storeu_epi16(out + i, (__mmask32)((1u << (I - i)) - 1), w);
+      p += _mm_popcnt_u32(bits);
+    }
+  }
+
+  static void expand_row(const uint32_t* p, const uint8_t* mask, int64_t I, uint32_t* out) {
+    expand_row32(p, mask, I, out);
+  }
+};
+
+const Kernels table = {"avx512_bf16",
+                       true,
+                       {bitmask_product<Bf16Sums, BF16>, bitmask_product<Fp32Sums, float>},
+                       {block_product<Bf16Sums, BF16>, block_product<Fp32Sums, float>},
+                       expand_rows<Expansion, uint16_t>,
+                       expand_rows<Expansion, uint32_t>};
+
+}  // namespace
+
+const Kernels* avx512_bf16_kernels() { return &table; }
+
+}  // namespace pumice
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#else
+
+namespace pumice {
+const Kernels* avx512_bf16_kernels() { return nullptr; }
+}  // namespace pumice
+
+#endif

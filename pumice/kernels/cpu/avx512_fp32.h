@@ -1,0 +1,84 @@
+// Products with fp32 multiply-add in AVX-512: for fp32 values, and for bf16 where the CPU cannot multiply bf16.
+// Included by the AVX-512 translation units after they have set their target.
+#pragma once
+
+namespace pumice {
+namespace {
+
+inline __m512 load16(const float* p) { return _mm512_loadu_ps(p); }
+inline __m512 load16(const BF16* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+inline __m512 load16(__mmask16 k, const float* p) { return _mm512_maskz_loadu_ps(k, p); }
+inline __m512 load16(__mmask16 k, const BF16* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(k, p)), 16));
+}
+
+inline void expand_row32(const uint32_t* p, const uint8_t* mask, int64_t I, uint32_t* out) {
+  for (int64_t i = 0; i < I; i += 16) {
+    const __mmask16 bits = (__mmask16)(mask_word(mask, i / 64, I) >> (i % 64));
+    const __m512i w = _mm512_maskz_expand_epi32(bits, _mm512_loadu_si512(p));
+    if (I - i >= 16)
+      _mm512_storeu_si512(out + i, w);
+    else
+      _mm512_mask_storeu_epi32(out + i, (__mmask16)((1u << (I - i)) - 1), w);
+    p += _mm_popcnt_u32(bits);
+  }
+}
+
+struct Fp32Sums {
+  template <class T>
+  using X = float;
+  static constexpr int kDotRows = 8, kTileRows = 4, kTileSums = 16;
+
+  template <class T, int N>
+  static void dot(const T* p, const uint8_t* mask, const float* x, int64_t stride, int64_t I, float* sums) {
+    constexpr int U = N <= 2 ? 4 : 2;  // sums in flight, to hide the latency of an FMA
+    __m512 acc[N][U];
+    for (int n = 0; n < N; ++n)
+      for (int u = 0; u < U; ++u) acc[n][u] = _mm512_setzero_ps();
+    for (int64_t j = 0; 64 * j < I; ++j) {
+      const uint64_t word = mask_word(mask, j, I);
+      _mm_prefetch((const char*)p + 1536, _MM_HINT_T0);
+      _mm_prefetch((const char*)p + 1600, _MM_HINT_T0);
+      for (int g = 0; g < 4; ++g) {
+        const __mmask16 bits = (__mmask16)(word >> (16 * g));
+        const __m512 w = _mm512_maskz_expand_ps(bits, load16(p));
+        p += _mm_popcnt_u32(bits);
+        for (int n = 0; n < N; ++n)
+          acc[n][g % U] = _mm512_fmadd_ps(w, load16(x + n * stride + 64 * j + 16 * g), acc[n][g % U]);
+      }
+    }
+    for (int n = 0; n < N; ++n) {
+      __m512 total = acc[n][0];
+      for (int u = 1; u < U; ++u) total = _mm512_add_ps(total, acc[n][u]);
+      sums[n] = _mm512_reduce_add_ps(total);
+    }
+  }
+
+  template <class T, int M, int N>
+  static void tile(const T* values, const int32_t* columns, int64_t begin, int64_t end, int64_t r, int64_t c,
+                   const float* x, int64_t stride, float (*sums)[N]) {
+    __m512 acc[M][N];
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) acc[m][n] = _mm512_setzero_ps();
+    for (int64_t b = begin; b < end; ++b) {
+      const T* w = values + b * r * c;
+      const float* xs = x + columns[b] * c;
+      for (int64_t k = 0; k < c; k += 16) {
+        const __mmask16 inside = c - k >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << (c - k)) - 1);
+        __m512 v[N];
+        for (int n = 0; n < N; ++n) v[n] = load16(inside, xs + n * stride + k);
+        for (int m = 0; m < M; ++m) {
+          const __m512 row = load16(inside, w + m * c + k);
+          for (int n = 0; n < N; ++n) acc[m][n] = _mm512_fmadd_ps(row, v[n], acc[m][n]);
+        }
+      }
+    }
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) sums[m][n] = _mm512_reduce_add_ps(acc[m][n]);
+  }
+};
+
+}  // namespace
+}  // namespace pumice

@@ -1,0 +1,106 @@
+// The loops that every instruction set shares, over `Isa::dot`, `Isa::tile` and `Isa::expand_row`.
+//
+// Included after the translation unit has set its target; everything is a template over a type of that unit's
+// anonymous namespace or lies itself in one, so nothing compiled here is shared between units.
+#pragma once
+
+#include "kernels.h"
+
+namespace pumice {
+namespace {
+
+constexpr int64_t kOverread = 64;  // bytes that a vector load may read beyond the values it needs
+
+// Values of row o, copied to the scratch where a vector load could cross the end of the buffer.
+template <class T>
+inline const T* row_values(const Matrix& w, int64_t o, void* scratch) {
+  const T* p = (const T*)w.values + w.starts[o];
+  int64_t n = w.starts[o + 1] - w.starts[o];
+  if ((w.count - w.starts[o + 1]) * (int64_t)sizeof(T) >= kOverread) return p;
+  if (n) memcpy(scratch, p, (size_t)n * sizeof(T));
+  return (const T*)scratch;
+}
+
+template <class T>
+inline void store(const Matrix& w, int64_t o, int64_t row, int n, const float* sums, void* y) {
+  float b = w.bias ? w.bias[o] : 0.0f;
+  for (int k = 0; k < n; ++k) narrow(sums[k] + b, (T*)y + (row + k) * w.O + o);
+}
+
+// Rows of x per pass: all if they fit the registers, else split evenly.
+inline int64_t pass_rows(int64_t rows, int64_t most) {
+  int64_t passes = (rows + most - 1) / most;
+  return passes ? (rows + passes - 1) / passes : 1;
+}
+
+template <class Isa, class T, int N>
+inline void dot_up_to(int n, const T* p, const uint8_t* mask, const Matrix& w, const Input& x, int64_t row, float* sums) {
+  if constexpr (N > 0) {
+    if (n == N) {
+      typedef typename Isa::template X<T> X;
+      Isa::template dot<T, N>(p, mask, (const X*)x.data + row * x.stride, x.stride, w.I, sums);
+    } else {
+      dot_up_to<Isa, T, N - 1>(n, p, mask, w, x, row, sums);
+    }
+  }
+}
+
+template <class Isa, class T>
+void bitmask_product(const Matrix& w, int64_t begin, int64_t end, const Input& x, void* y, void* scratch) {
+  const int64_t bytes = (w.I + 7) / 8, step = pass_rows(x.rows, Isa::kDotRows);
+  float sums[Isa::kDotRows];
+  for (int64_t o = begin; o < end; ++o) {
+    const T* p = row_values<T>(w, o, scratch);
+    for (int64_t row = 0; row < x.rows; row += step) {
+      int n = (int)(x.rows - row < step ? x.rows - row : step);
+      dot_up_to<Isa, T, Isa::kDotRows>(n, p, w.mask + o * bytes, w, x, row, sums);
+      store<T>(w, o, row, n, sums, y);
+    }
+  }
+}
+
+// `M` rows of one block row times `n` rows of x.
+template <class Isa, class T, int M, int N>
+inline void tile_up_to(int n, const Matrix& w, int64_t br, int64_t i, const Input& x, int64_t row, void* y) {
+  if constexpr (N > 0) {
+    if (n < N) return tile_up_to<Isa, T, M, N - 1>(n, w, br, i, x, row, y);
+    typedef typename Isa::template X<T> X;
+    float sums[M][N];
+    const T* values = (const T*)w.values + i * w.c;
+    Isa::template tile<T, M, N>(values, w.columns, w.block_starts[br], w.block_starts[br + 1], w.r, w.c,
+                                (const X*)x.data + row * x.stride, x.stride, sums);
+    for (int k = 0; k < M; ++k) store<T>(w, br * w.r + i + k, row, N, sums[k], y);
+  }
+}
+
+template <class Isa, class T>
+void block_product(const Matrix& w, int64_t begin, int64_t end, const Input& x, void* y, void*) {
+  const int64_t step = pass_rows(x.rows, Isa::kTileRows);
+  for (int64_t br = begin; br < end; ++br)
+    for (int64_t i = 0; i < w.r;) {
+      int64_t m = w.r - i >= 8 ? 8 : w.r - i >= 4 ? 4 : 1;
+      for (int64_t row = 0; row < x.rows; row += step) {
+        int n = (int)(x.rows - row < step ? x.rows - row : step);
+        // Eight rows of the block only while their sums still fit the registers.
+        if (m == 8 && n * 8 > Isa::kTileSums) m = 4;
+        if (m == 8)
+          tile_up_to<Isa, T, 8, Isa::kTileRows>(n, w, br, i, x, row, y);
+        else if (m == 4)
+          tile_up_to<Isa, T, 4, Isa::kTileRows>(n, w, br, i, x, row, y);
+        else
+          tile_up_to<Isa, T, 1, Isa::kTileRows>(n, w, br, i, x, row, y);
+      }
+      i += m;
+    }
+}
+
+// T is an unsigned integer of the values' width.
+template <class Isa, class T>
+void expand_rows(const Matrix& w, int64_t begin, int64_t end, void* out, void* scratch) {
+  const int64_t bytes = (w.I + 7) / 8;
+  for (int64_t o = begin; o < end; ++o)
+    Isa::expand_row(row_values<T>(w, o, scratch), w.mask + o * bytes, w.I, (T*)out + (o - begin) * w.I);
+}
+
+}  // namespace
+}  // namespace pumice

@@ -1,0 +1,91 @@
+// What the CPU kernels share: how a stored matrix looks in memory and the table of functions of one instruction set.
+//
+// Only C headers are included here and every function is static, on purpose: each instruction set is its own
+// translation unit compiled for that set, and an inline function with external linkage could be merged by the linker
+// into the AVX-512 copy and then run on a CPU without it.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+namespace pumice {
+
+enum Dtype { kBF16 = 0, kF32 = 1, kF16 = 2 };
+
+// One stored matrix of O outputs and I inputs; either `mask` (layout bitmask) or `columns` (layout block) is set.
+struct Matrix {
+  const void* values;
+  int64_t count;              // stored values
+  int64_t O, I;
+  int dtype;
+  const float* bias;          // [O] or null
+  const uint8_t* mask;        // [O, ceil(I / 8)], least significant bit first
+  const int64_t* starts;      // [O + 1] offsets of the rows into values
+  const int32_t* columns;     // [blocks] block column of each block
+  const int32_t* block_starts;  // [O / r + 1]
+  int64_t r, c;               // size of a block
+};
+
+// x as a kernel reads it: R rows, `stride` elements apart, zero beyond I up to a multiple of 64.
+struct Input {
+  const void* data;
+  int64_t stride, rows;
+};
+
+// Rows [begin, end) of y (of block rows for `block`); y is [R, O] in the dtype of the values. `scratch` holds one
+// row of values and 64 bytes more.
+typedef void (*Product)(const Matrix&, int64_t begin, int64_t end, const Input&, void* y, void* scratch);
+// Rows [begin, end) of the matrix, dense, to `out` [end - begin, I]; only the width of the dtype matters.
+typedef void (*Expand)(const Matrix&, int64_t begin, int64_t end, void* out, void* scratch);
+
+struct Kernels {
+  const char* name;
+  bool bf16_input;            // products of bf16 read x as bf16; else x was widened to fp32
+  Product bitmask[2], block[2];  // by dtype: bf16, fp32
+  Expand expand16, expand32;
+};
+
+// Each is null where this build has no such code.
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+const Kernels* avx512_bf16_kernels();
+
+struct BF16 {
+  uint16_t bits;
+};
+
+static inline float widen(BF16 v) {
+  uint32_t bits = (uint32_t)v.bits << 16;
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+
+static inline float widen(float v) { return v; }
+
+// Round to nearest, ties to even; a NaN stays a NaN.
+static inline void narrow(float f, BF16* out) {
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  if (f != f)
+    out->bits = (uint16_t)((bits >> 16) | 0x40);
+  else
+    out->bits = (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+static inline void narrow(float f, float* out) { *out = f; }
+
+// Bits 64 j … 64 j + 63 of a mask row of `bits` columns; those beyond the row are zero and its bytes are not read.
+static inline uint64_t mask_word(const uint8_t* row, int64_t j, int64_t bits) {
+  uint64_t word = 0;
+  int64_t left = bits - 64 * j;
+  if (left >= 64) {
+    memcpy(&word, row + 8 * j, 8);
+    return word;
+  }
+  memcpy(&word, row + 8 * j, (size_t)((left + 7) / 8));
+  return word & ((1ull << left) - 1);
+}
+
+}  // namespace pumice

@@ -1,0 +1,368 @@
+// pumice._native: the kernels as a plain CPython module of the stable ABI.
+//
+// It takes addresses and sizes as integers and knows nothing of PyTorch, so that one build works with every version of
+// it and a call costs less than a microsecond. The bindings in cpu_backend.py own the tensors and check them; what is
+// checked here is what would read or write outside of them.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "features.h"
+#include "kernels.h"
+#include "threads.h"
+
+namespace pumice {
+namespace {
+
+const int64_t kWorkPerThread = 128 * 1024;  // bytes of stored weights below which another thread costs more than it gives
+
+const Kernels* active = nullptr;
+
+struct Choice {
+  const char* name;
+  const Kernels* (*kernels)();
+  const char* needs[8];
+};
+
+const Choice choices[] = {
+    {"avx512_bf16",
+     avx512_bf16_kernels,
+     {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vbmi2", "avx512_bf16", "bmi2", nullptr}},
+    {"avx512", avx512_kernels, {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "bmi2", nullptr}},
+    {"avx2", avx2_kernels, {"avx2", "fma", "popcnt", "bmi2", nullptr}},
+    {"portable", portable_kernels, {nullptr}},
+};
+
+// Null, or the first feature that is missing; "code" where this build lacks the kernels.
+const char* missing(const Choice& choice) {
+  for (int i = 0; choice.needs[i]; ++i)
+    if (!cpu_has(choice.needs[i])) return choice.needs[i];
+  return choice.kernels() ? nullptr : "code";
+}
+
+int element_size(int dtype) { return dtype == kF32 ? 4 : 2; }
+
+// Bytes of weights that rows 0 … o take to read: what the rows are shared out by.
+int64_t work_before(const Matrix& w, int64_t o) {
+  if (w.columns) return w.block_starts[o] * w.r * w.c * element_size(w.dtype) + o * 16;
+  return w.starts[o] * element_size(w.dtype) + o * ((w.I + 7) / 8) + o * 16;
+}
+
+int64_t row_count(const Matrix& w) { return w.columns ? w.O / w.r : w.O; }
+
+// First row of piece `k` of `pieces` that are equal in work, within rows [begin, end).
+int64_t piece_start(const Matrix& w, int64_t begin, int64_t end, int64_t k, int64_t pieces) {
+  if (k >= pieces) return end;
+  const int64_t base = work_before(w, begin);
+  const int64_t target = base + (work_before(w, end) - base) / pieces * k;
+  int64_t low = begin, high = end;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (work_before(w, middle) < target)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+struct Job {
+  const Matrix* w;
+  const Kernels* kernels;
+  Input x;
+  void* y;
+  int64_t begin, end, pieces;
+  bool expand;
+  bool out_of_memory;
+};
+
+void expand_blocks(const Matrix& w, int64_t begin, int64_t end, char* out) {
+  const int64_t size = element_size(w.dtype);
+  memset(out, 0, (size_t)((end - begin) * w.I * size));
+  for (int64_t o = begin; o < end; ++o)
+    for (int64_t b = w.block_starts[o / w.r]; b < w.block_starts[o / w.r + 1]; ++b)
+      memcpy(out + ((o - begin) * w.I + w.columns[b] * w.c) * size,
+             (const char*)w.values + (b * w.r + o % w.r) * w.c * size, (size_t)(w.c * size));
+}
+
+void run_piece(Job& job, int64_t begin, int64_t end) {
+  const Matrix& w = *job.w;
+  if (begin >= end) return;
+  void* spare = scratch(0, (size_t)((w.I + 64) * element_size(w.dtype)));
+  if (!spare) {
+    job.out_of_memory = true;
+    return;
+  }
+  if (!job.expand)
+    return (w.columns ? job.kernels->block : job.kernels->bitmask)[w.dtype](w, begin, end, job.x, job.y, spare);
+  char* out = (char*)job.y + (begin - job.begin) * w.I * element_size(w.dtype);
+  if (w.columns) return expand_blocks(w, begin, end, out);
+  (w.dtype == kF32 ? job.kernels->expand32 : job.kernels->expand16)(w, begin, end, out, spare);
+}
+
+void run_pieces(int64_t first, int64_t last, void* context) {
+  Job& job = *(Job*)context;
+  for (int64_t k = first; k < last; ++k) {
+    int64_t begin, end;
+    if (job.expand) {  // by rows: what is written, not what is read, takes the time
+      begin = job.begin + (job.end - job.begin) * k / job.pieces;
+      end = job.begin + (job.end - job.begin) * (k + 1) / job.pieces;
+    } else {
+      begin = piece_start(*job.w, job.begin, job.end, k, job.pieces);
+      end = piece_start(*job.w, job.begin, job.end, k + 1, job.pieces);
+    }
+    run_piece(job, begin, end);
+  }
+}
+
+// Returns false when memory ran out.
+bool run_job(Job& job, int64_t work, int64_t threads) {
+  job.pieces = work / kWorkPerThread;
+  if (job.pieces > threads) job.pieces = threads;
+  if (job.pieces < 1) job.pieces = 1;
+  parallel(job.pieces, run_pieces, &job);
+  return !job.out_of_memory;
+}
+
+// x as the kernels read it: as it is where they can, else copied, widened to fp32 if they need that, zero-padded.
+bool input_of(const Matrix& w, const Kernels& kernels, const void* x, int64_t rows, Input* out) {
+  const bool keep = w.dtype == kF32 || kernels.bf16_input;
+  const int64_t padded = (w.I + 63) / 64 * 64, size = keep ? element_size(w.dtype) : 4;
+  *out = {x, w.I, rows};
+  if (keep && padded == w.I) return true;
+  char* copy = (char*)scratch(1, (size_t)(rows * padded * size));
+  if (!copy) return false;
+  for (int64_t row = 0; row < rows; ++row) {
+    char* to = copy + row * padded * size;
+    if (keep) {
+      memcpy(to, (const char*)x + row * w.I * size, (size_t)(w.I * size));
+    } else {
+      const BF16* from = (const BF16*)x + row * w.I;
+      for (int64_t i = 0; i < w.I; ++i) ((float*)to)[i] = widen(from[i]);
+    }
+    memset(to + w.I * size, 0, (size_t)((padded - w.I) * size));
+  }
+  *out = {copy, padded, rows};
+  return true;
+}
+
+const char kPlan[] = "pumice._native.plan";
+
+void free_plan(PyObject* capsule) { PyMem_Free(PyCapsule_GetPointer(capsule, kPlan)); }
+
+// Integer arguments into `out`; false with a Python error set when their number or type is wrong.
+bool integers(PyObject* const* args, Py_ssize_t given, Py_ssize_t wanted, long long* out) {
+  if (given != wanted) {
+    PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", wanted, given);
+    return false;
+  }
+  for (Py_ssize_t i = 0; i < wanted; ++i) {
+    out[i] = PyLong_AsLongLong(args[i]);
+    if (out[i] == -1 && PyErr_Occurred()) return false;
+  }
+  return true;
+}
+
+template <class T>
+const T* address(long long value) {
+  return (const T*)(intptr_t)value;
+}
+
+PyObject* plan_of(const Matrix& w) {
+  if (w.O < 0 || w.I < 0 || w.dtype < 0 || w.dtype > kF16) {
+    PyErr_SetString(PyExc_ValueError, "negative size or unknown dtype");
+    return nullptr;
+  }
+  Matrix* kept = (Matrix*)PyMem_Malloc(sizeof(Matrix));
+  if (!kept) return PyErr_NoMemory();
+  *kept = w;
+  PyObject* capsule = PyCapsule_New(kept, kPlan, free_plan);
+  if (!capsule) PyMem_Free(kept);
+  return capsule;
+}
+
+// plan_bitmask(values, count, mask, row_starts, bias or 0, O, I, dtype) -> plan
+PyObject* plan_bitmask(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long v[8];
+  if (!integers(args, count, 8, v)) return nullptr;
+  Matrix w = {};
+  w.values = address<void>(v[0]), w.count = v[1], w.mask = address<uint8_t>(v[2]), w.starts = address<int64_t>(v[3]);
+  w.bias = address<float>(v[4]), w.O = v[5], w.I = v[6], w.dtype = (int)v[7];
+  for (int64_t o = 0; o < w.O; ++o)
+    if (w.starts[o + 1] < w.starts[o] || w.starts[o + 1] - w.starts[o] > w.I) {
+      PyErr_SetString(PyExc_ValueError, "row_starts do not rise by 0 to I values a row");
+      return nullptr;
+    }
+  if (w.starts[0] != 0 || w.starts[w.O] != w.count) {
+    PyErr_SetString(PyExc_ValueError, "the bitmask does not have as many bits set as there are values");
+    return nullptr;
+  }
+  return plan_of(w);
+}
+
+// plan_block(values, blocks, columns, row_starts, bias or 0, O, I, r, c, dtype) -> plan
+PyObject* plan_block(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long v[10];
+  if (!integers(args, count, 10, v)) return nullptr;
+  Matrix w = {};
+  w.values = address<void>(v[0]), w.columns = address<int32_t>(v[2]), w.block_starts = address<int32_t>(v[3]);
+  w.bias = address<float>(v[4]), w.O = v[5], w.I = v[6], w.r = v[7], w.c = v[8], w.dtype = (int)v[9];
+  static const int32_t none = 0;
+  if (!w.columns) w.columns = &none;
+  if (w.r < 1 || w.c < 1 || w.O % w.r || w.I % w.c) {
+    PyErr_SetString(PyExc_ValueError, "blocks do not divide the matrix");
+    return nullptr;
+  }
+  w.count = v[1] * w.r * w.c;
+  bool fits = w.block_starts[0] == 0 && w.block_starts[w.O / w.r] == v[1];
+  for (int64_t row = 0; row < w.O / w.r; ++row) fits = fits && w.block_starts[row] <= w.block_starts[row + 1];
+  for (int64_t b = 0; fits && b < v[1]; ++b) fits = w.columns[b] >= 0 && w.columns[b] < w.I / w.c;
+  if (!fits) {
+    PyErr_SetString(PyExc_ValueError, "columns or row_starts point outside of the matrix");
+    return nullptr;
+  }
+  return plan_of(w);
+}
+
+// run(plan, x, rows, y, threads): y [rows, O] = x [rows, I] times the matrix, and the bias
+PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long v[4];
+  const Matrix* w = count ? (const Matrix*)PyCapsule_GetPointer(args[0], kPlan) : nullptr;
+  if (PyErr_Occurred() || !integers(args + 1, count - 1, 4, v)) return nullptr;
+  if (w->dtype == kF16) {
+    PyErr_SetString(PyExc_ValueError, "no product for float16");
+    return nullptr;
+  }
+  bool enough;
+  Py_BEGIN_ALLOW_THREADS
+  Job job = {};
+  job.w = w, job.kernels = active, job.y = (void*)(intptr_t)v[2], job.end = row_count(*w);
+  enough = input_of(*w, *active, address<void>(v[0]), v[1], &job.x);
+  if (enough && v[1] > 0) enough = run_job(job, work_before(*w, job.end) * (v[1] < 4 ? 1 : v[1] / 4), v[3]);
+  Py_END_ALLOW_THREADS
+  if (!enough) return PyErr_NoMemory();
+  Py_RETURN_NONE;
+}
+
+// expand(plan, begin, end, out, threads): rows [begin, end) of the matrix, dense, to out [end - begin, I]
+PyObject* expand(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long v[4];
+  const Matrix* w = count ? (const Matrix*)PyCapsule_GetPointer(args[0], kPlan) : nullptr;
+  if (PyErr_Occurred() || !integers(args + 1, count - 1, 4, v)) return nullptr;
+  if (v[0] < 0 || v[1] < v[0] || v[1] > w->O) {
+    PyErr_SetString(PyExc_ValueError, "rows outside of the matrix");
+    return nullptr;
+  }
+  bool enough;
+  Py_BEGIN_ALLOW_THREADS
+  Job job = {};
+  job.w = w, job.kernels = active, job.begin = v[0], job.end = v[1], job.y = (void*)(intptr_t)v[2], job.expand = true;
+  enough = run_job(job, (v[1] - v[0]) * w->I * element_size(w->dtype), v[3]);
+  Py_END_ALLOW_THREADS
+  if (!enough) return PyErr_NoMemory();
+  Py_RETURN_NONE;
+}
+
+// row_starts(mask, O, I, out): out [O + 1] int64, where each row's values begin
+PyObject* row_starts(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long v[4];
+  if (!integers(args, count, 4, v)) return nullptr;
+  const int64_t bytes = (v[2] + 7) / 8;
+  int64_t* out = (int64_t*)(intptr_t)v[3];
+  Py_BEGIN_ALLOW_THREADS
+  out[0] = 0;
+  for (int64_t o = 0; o < v[1]; ++o) {
+    int64_t total = 0;
+    for (int64_t j = 0; 64 * j < v[2]; ++j) {
+      uint64_t word = mask_word(address<uint8_t>(v[0]) + o * bytes, j, v[2]);
+      word -= (word >> 1) & 0x5555555555555555ull;
+      word = (word & 0x3333333333333333ull) + ((word >> 2) & 0x3333333333333333ull);
+      total += (int64_t)((((word + (word >> 4)) & 0x0f0f0f0f0f0f0f0full) * 0x0101010101010101ull) >> 56);
+    }
+    out[o + 1] = out[o] + total;
+  }
+  Py_END_ALLOW_THREADS
+  Py_RETURN_NONE;
+}
+
+// features() -> what the CPU has, as a list of names
+PyObject* features(PyObject*, PyObject*) {
+  const char* names[kMostFeatures];
+  const int count = cpu_features(names);
+  PyObject* list = PyList_New(count);
+  for (int i = 0; list && i < count; ++i) PyList_SetItem(list, i, PyUnicode_FromString(names[i]));
+  return list;
+}
+
+// kernels() -> [(name, first missing feature or None)], best first
+PyObject* kernels(PyObject*, PyObject*) {
+  PyObject* list = PyList_New(0);
+  for (const Choice& choice : choices) {
+    PyObject* entry = list ? Py_BuildValue("(sz)", choice.name, missing(choice)) : nullptr;
+    if (!entry || PyList_Append(list, entry) < 0) {
+      Py_XDECREF(entry);
+      Py_XDECREF(list);
+      return nullptr;
+    }
+    Py_DECREF(entry);
+  }
+  return list;
+}
+
+PyObject* current(PyObject*, PyObject*) { return PyUnicode_FromString(active->name); }
+
+// force(name or None): use those kernels from now on; None is the best that this CPU has
+PyObject* force(PyObject*, PyObject* name) {
+  PyObject* bytes = name == Py_None ? nullptr : PyUnicode_AsUTF8String(name);
+  if (name != Py_None && !bytes) return nullptr;
+  const char* wanted = bytes ? PyBytes_AsString(bytes) : nullptr;
+  const Kernels* found = nullptr;
+  for (const Choice& choice : choices)
+    if (!found && (!wanted || !strcmp(wanted, choice.name)) && !missing(choice)) found = choice.kernels();
+  Py_XDECREF(bytes);
+  if (!found) {
+    PyErr_Format(PyExc_ValueError, "no kernels %R on this CPU", name);
+    return nullptr;
+  }
+  active = found;
+  Py_RETURN_NONE;
+}
+
+// set_parallel_for(address or 0): the loop over PyTorch's threads
+PyObject* set_parallel_for(PyObject*, PyObject* value) {
+  const long long address = PyLong_AsLongLong(value);
+  if (address == -1 && PyErr_Occurred()) return nullptr;
+  use_torch_threads((TorchParallelFor)(intptr_t)address);
+  Py_RETURN_NONE;
+}
+
+PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return (PyCFunction)(void (*)(void))function;
+}
+
+PyMethodDef methods[] = {
+    {"plan_bitmask", fast(plan_bitmask), METH_FASTCALL, "(values, count, mask, row_starts, bias, O, I, dtype) -> plan"},
+    {"plan_block", fast(plan_block), METH_FASTCALL,
+     "(values, blocks, columns, row_starts, bias, O, I, r, c, dtype) -> plan"},
+    {"run", fast(run), METH_FASTCALL, "(plan, x, rows, y, threads)"},
+    {"expand", fast(expand), METH_FASTCALL, "(plan, begin, end, out, threads)"},
+    {"row_starts", fast(row_starts), METH_FASTCALL, "(mask, O, I, out)"},
+    {"features", features, METH_NOARGS, "Features of this CPU that kernels ask for."},
+    {"kernels", kernels, METH_NOARGS, "Sets of kernels and the first feature that each misses here."},
+    {"current", current, METH_NOARGS, "The set of kernels in use."},
+    {"force", force, METH_O, "Use this set of kernels; None for the best."},
+    {"set_parallel_for", set_parallel_for, METH_O, "Address of torch_parallel_for, or 0."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "pumice._native", "CPU kernels of Pumice.", -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+}  // namespace pumice
+
+PyMODINIT_FUNC PyInit__native(void) {
+  using namespace pumice;
+  for (const Choice& choice : choices)
+    if (!active && !missing(choice)) active = choice.kernels();
+  return PyModule_Create(&definition);
+}

@@ -1,0 +1,78 @@
+// Kernels in plain C++: the only ones outside x86, and the yardstick for the others in the tests.
+#include "driver.h"
+
+#if defined(_MSC_VER) && !defined(__clang__)
+#include <intrin.h>
+#endif
+
+namespace pumice {
+namespace {
+
+inline int lowest_bit(uint64_t word) {
+#if defined(_MSC_VER) && !defined(__clang__)
+  unsigned long index = 0;
+  if (_BitScanForward(&index, (unsigned long)word)) return (int)index;
+  _BitScanForward(&index, (unsigned long)(word >> 32));
+  return (int)index + 32;
+#else
+  return __builtin_ctzll(word);
+#endif
+}
+
+struct Portable {
+  template <class T>
+  using X = float;
+  static constexpr int kDotRows = 4, kTileRows = 4, kTileSums = 16;
+
+  // Sums of one word first, then of the words: two levels keep the rounding error near that of a vector sum.
+  template <class T, int N>
+  static void dot(const T* p, const uint8_t* mask, const float* x, int64_t stride, int64_t I, float* sums) {
+    float total[N] = {};
+    for (int64_t j = 0; 64 * j < I; ++j) {
+      float part[N] = {};
+      for (uint64_t word = mask_word(mask, j, I); word; word &= word - 1) {
+        float value = widen(*p++);
+        const float* column = x + 64 * j + lowest_bit(word);
+        for (int n = 0; n < N; ++n) part[n] += value * column[n * stride];
+      }
+      for (int n = 0; n < N; ++n) total[n] += part[n];
+    }
+    for (int n = 0; n < N; ++n) sums[n] = total[n];
+  }
+
+  template <class T, int M, int N>
+  static void tile(const T* values, const int32_t* columns, int64_t begin, int64_t end, int64_t r, int64_t c,
+                   const float* x, int64_t stride, float (*sums)[N]) {
+    memset(sums, 0, sizeof(float) * M * N);
+    for (int64_t b = begin; b < end; ++b)
+      for (int m = 0; m < M; ++m) {
+        const T* w = values + (b * r + m) * c;
+        for (int n = 0; n < N; ++n) {
+          const float* xs = x + n * stride + columns[b] * c;
+          float part = 0;
+          for (int64_t k = 0; k < c; ++k) part += widen(w[k]) * xs[k];
+          sums[m][n] += part;
+        }
+      }
+  }
+
+  template <class T>
+  static void expand_row(const T* p, const uint8_t* mask, int64_t I, T* out) {
+    memset(out, 0, sizeof(T) * (size_t)I);
+    for (int64_t j = 0; 64 * j < I; ++j)
+      for (uint64_t word = mask_word(mask, j, I); word; word &= word - 1) out[64 * j + lowest_bit(word)] = *p++;
+  }
+};
+
+const Kernels table = {"portable",
+                       false,
+                       {bitmask_product<Portable, BF16>, bitmask_product<Portable, float>},
+                       {block_product<Portable, BF16>, block_product<Portable, float>},
+                       expand_rows<Portable, uint16_t>,
+                       expand_rows<Portable, uint32_t>};
+
+}  // namespace
+
+const Kernels* portable_kernels() { return &table; }
+
+}  // namespace pumice

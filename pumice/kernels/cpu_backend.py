@@ -1,0 +1,221 @@
+"""Backends that run the C++ kernels of `kernels/cpu/`: bitmask and block layouts, few rows and many.
+
+Few rows ("decode") are bound by memory: the stored weights stream once through the registers, where they are expanded
+and multiplied. Many rows ("panel") are bound by arithmetic: some output rows at a time are expanded into a buffer that
+stays in cache and multiplied by PyTorch's dense product (load as sparse, compute as dense).
+Legend: R rows of x, O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pumice.core.dispatch import Backend, Call, Run, limits, register
+from pumice.core.errors import PumiceError
+
+try:
+    from pumice import _native as _loaded  # pyright: ignore[reportAttributeAccessIssue]
+except ImportError as error:
+    _loaded, _why = None, str(error)
+else:
+    _why = None
+native: Any = _loaded
+
+if TYPE_CHECKING:
+    from pumice.weights.layouts.base import Packed
+
+DECODE_ROWS = 16
+PANEL_BYTES = 4 << 20
+CODES = {torch.bfloat16: 0, torch.float32: 1, torch.float16: 2}
+PRODUCTS = (torch.bfloat16, torch.float32)
+
+
+def missing() -> str | None:
+    """Why the C++ kernels are not there, or None."""
+    if native is not None:
+        return None
+    return f"the C++ kernels were not built when Pumice was installed ({_why}); install a C++ compiler and reinstall"
+
+
+def instruction_sets() -> dict[str, str | None]:
+    """The sets of kernels, best first, each with the reason why this CPU cannot run it, or None."""
+    if native is None:
+        return {}
+    has = ", ".join(native.features()) or "none of the known ones"
+    lacks = {"code": "this build was compiled without it"}
+    return {
+        name: None if gap is None else lacks.get(gap, f"needs {gap}, this CPU has {has}") for name, gap in native.kernels()
+    }
+
+
+def force(name: str | None) -> None:
+    """Run the kernels of one instruction set (`instruction_sets()` lists them) from now on; None is the best one.
+
+    Raises:
+        PumiceError: no such set, or this CPU cannot run it.
+    """
+    if native is None:
+        raise PumiceError(f"instruction set {name!r} cannot be forced: {missing()}.")
+    known = instruction_sets()
+    if name is not None and known.get(name, "no such set") is not None:
+        able = ", ".join(key for key, reason in known.items() if reason is None)
+        raise PumiceError(f"instruction set {name!r} cannot run here ({known.get(name, 'unknown')}): choose one of {able}.")
+    native.force(name)
+
+
+def _torch_library() -> ctypes.CDLL | None:
+    name = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
+    try:
+        return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
+    except OSError:
+        return None
+
+
+def _use_torch_threads() -> bool:
+    """Let the kernels run on PyTorch's own threads, so that two pools do not fight for the cores; False if they cannot."""
+    loop = getattr(_torch_library(), "torch_parallel_for", None)
+    if loop is None:
+        return False
+    native.set_parallel_for(ctypes.cast(loop, ctypes.c_void_p).value)
+    return True
+
+
+torch_threads: bool = native is not None and _use_torch_threads()
+
+
+def row_starts(bitmask: Tensor, width: int) -> Tensor:
+    """Where each row's values begin: bitmask uint8 [O, ceil(I / 8)] to int64 [O + 1]."""
+    starts = torch.zeros(bitmask.shape[0] + 1, dtype=torch.int64)
+    if native is not None:
+        bitmask = bitmask.contiguous()
+        native.row_starts(bitmask.data_ptr(), bitmask.shape[0], width, starts.data_ptr())
+        return starts
+    counts = torch.tensor([byte.bit_count() for byte in range(256)], dtype=torch.int64)
+    starts[1:] = counts[bitmask.int()].sum(1).cumsum(0)
+    return starts
+
+
+class Plan:
+    """A stored matrix as the kernels take it: addresses checked once, and the tensors that they point into."""
+
+    def __init__(self, packed: Packed, bias: Tensor | None, starts: Tensor | None = None) -> None:
+        if native is None:
+            raise PumiceError(f"layout={packed.layout!r} has no C++ kernel here: {missing()}.")
+        self.shape, self.dtype = packed.shape, packed.dtype
+        stored = {name: tensor.detach().contiguous() for name, tensor in packed.tensors.items()}
+        bias_O = None if bias is None else bias.detach().to(torch.float32).contiguous()
+        self.keep: list[Tensor | None] = [*stored.values(), bias_O]
+        common = (0 if bias_O is None else bias_O.data_ptr(), *packed.shape)
+        values = stored["values"]
+        try:
+            if packed.layout == "bitmask":
+                starts = row_starts(stored["bitmask"], packed.shape[1]) if starts is None else starts.contiguous()
+                self.keep.append(starts)
+                head = (values.data_ptr(), values.numel(), stored["bitmask"].data_ptr(), starts.data_ptr())
+                self.handle = native.plan_bitmask(*head, *common, CODES[packed.dtype])
+            else:
+                head = (values.data_ptr(), values.shape[0], stored["columns"].data_ptr(), stored["row_starts"].data_ptr())
+                size = packed.params["r"], packed.params["c"]
+                self.handle = native.plan_block(*head, *common, *size, CODES[packed.dtype])
+        except ValueError as error:
+            raise PumiceError(f"layout={packed.layout!r} of shape {packed.shape} is damaged: {error}.") from None
+
+
+def _misfit(x_RI: Tensor, plan: Plan) -> PumiceError:
+    return PumiceError(
+        f"x is {tuple(x_RI.shape)} {x_RI.dtype} on {x_RI.device}: this layer takes [rows, {plan.shape[1]}] {plan.dtype} on cpu."
+    )
+
+
+def decode(plan: Plan) -> Run:
+    """`run(x_RI) -> y_RO` that streams the stored weights once for every few rows."""
+    handle, dtype, product = plan.handle, plan.dtype, native.run
+    (outputs, inputs), keep = plan.shape, plan
+    empty: Callable[..., Tensor] = torch.empty
+    threads = torch.get_num_threads
+
+    def run(x_RI: Tensor) -> Tensor:
+        rows, width = x_RI.shape
+        if width != inputs or x_RI.dtype is not dtype or not x_RI.is_cpu:
+            raise _misfit(x_RI, keep)
+        if not x_RI.is_contiguous():
+            x_RI = x_RI.contiguous()
+        y_RO = empty((rows, outputs), dtype=dtype)
+        product(handle, x_RI.data_ptr(), rows, y_RO.data_ptr(), threads())
+        return y_RO
+
+    return run
+
+
+_local = threading.local()
+
+
+def _buffer(rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """The calling thread's panel [rows, width], reused by all layers."""
+    buffers: dict[torch.dtype, Tensor] = _local.__dict__.setdefault("buffers", {})
+    if dtype not in buffers or buffers[dtype].numel() < rows * width:
+        with torch.inference_mode(False):
+            buffers[dtype] = torch.empty(rows * width, dtype=dtype)
+    return buffers[dtype][: rows * width].view(rows, width)
+
+
+def panel(plan: Plan, bias: Tensor | None, granule: int = 1) -> Run:
+    """`run(x_RI) -> y_RO` that expands some output rows at a time and multiplies them densely."""
+    handle, dtype, expand, keep = plan.handle, plan.dtype, native.expand, plan
+    outputs, inputs = plan.shape
+    height = max(PANEL_BYTES // max(inputs * dtype.itemsize, 1), 64)
+    height = min(-(-height // granule) * granule, outputs)
+    bias_O = None if bias is None else bias.detach().to(dtype)
+    slices = [(a, min(a + height, outputs)) for a in range(0, outputs, height)] if height else []
+
+    def run(x_RI: Tensor) -> Tensor:
+        if x_RI.shape[1] != inputs or x_RI.dtype is not dtype or not x_RI.is_cpu:
+            raise _misfit(x_RI, keep)
+        threads, w_PI = torch.get_num_threads(), _buffer(height, inputs, dtype)
+        address = w_PI.data_ptr()
+        if len(slices) == 1:
+            expand(handle, 0, outputs, address, threads)
+            return F.linear(x_RI, w_PI, bias_O)
+        y_RO = torch.empty((x_RI.shape[0], outputs), dtype=dtype)
+        for begin, end in slices:
+            expand(handle, begin, end, address, threads)
+            part_O = None if bias_O is None else bias_O[begin:end]
+            y_RO[:, begin:end] = F.linear(x_RI, w_PI[: end - begin], part_O)
+        return y_RO
+
+    return run
+
+
+def _refuse_decode(call: Call) -> str | None:
+    reason = limits(call, devices=("cpu",), dtypes=PRODUCTS, max_rows=DECODE_ROWS, instead="panel")
+    return reason or missing()
+
+
+def _refuse_panel(call: Call) -> str | None:
+    return limits(call, devices=("cpu",), dtypes=tuple(CODES)) or missing()
+
+
+def _prepare_decode(packed: Packed, bias: Tensor | None) -> Run:
+    return decode(Plan(packed, bias))
+
+
+def _prepare_panel(packed: Packed, bias: Tensor | None) -> Run:
+    return panel(Plan(packed, None), bias, packed.params.get("r", 1))
+
+
+for _layout in ("bitmask", "block"):
+    register(
+        Backend("decode", "linear", _layout, _refuse_decode, _prepare_decode, 30, "C++: weights streamed once, few rows")
+    )
+    register(
+        Backend("panel", "linear", _layout, _refuse_panel, _prepare_panel, 20, "C++ expands some rows, then dense product")
+    )
