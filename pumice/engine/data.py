@@ -232,6 +232,15 @@ def windows_from_documents(
     return random_windows(tokens, samples, seqlen, seed) if random else consecutive_windows(tokens, seqlen, samples)
 
 
+def is_text(data: Any) -> bool:
+    """Whether `data` is, or names, text: None (the default text), a file or dataset name, or a list of documents."""
+    return (
+        data is None
+        or isinstance(data, (str, Path))
+        or (isinstance(data, list) and bool(data) and isinstance(data[0], str))
+    )
+
+
 def make_data(
     model: nn.Module,
     tokenizer: Any | None,
@@ -251,7 +260,7 @@ def make_data(
     """
     _check_count("samples", samples)
     _check_count("batch_size", batch_size)
-    if data is None or isinstance(data, (str, Path)) or (isinstance(data, list) and data and isinstance(data[0], str)):
+    if is_text(data):
         text = data if isinstance(data, list) else load_text(data)
         return _text_batches(model, tokenizer, text, samples, seqlen, seed, batch_size)
     if isinstance(data, Tensor):
