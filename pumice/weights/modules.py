@@ -61,7 +61,8 @@ class SparseModule(nn.Module):
         self.params = dict(packed.params)
         self.plan: tuple[tuple[int | None, str], ...] | None = None
         self._bound: _Bound | None = None
-        self._checked = True
+        # What comes from a file arrives later, in the empty tensors.
+        self._checked = not packed.tensors[packed.value_name].is_meta
         self._value_name = packed.value_name
         for name, tensor in packed.tensors.items():
             if tensor.is_floating_point():
@@ -358,12 +359,32 @@ class SparseConv2d(SparseModule):
 
 
 def sparse_twin(module: nn.Module) -> type[SparseLinear] | type[SparseConv2d] | None:
-    """The class that can stand in for a module, or None where its weight has to stay dense in memory."""
-    if type(module) is nn.Linear or type(module).__name__ == "NonDynamicallyQuantizableLinear":
+    """The class that can stand in for a module, or None where its weight has to stay dense in memory.
+
+    Subclasses are left alone: they exist because they do or expect something else.
+    """
+    if type(module) is nn.Linear:
         return SparseLinear
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return SparseLinear
     return SparseConv2d if type(module) is nn.Conv2d else None
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
+    """Put `new` where `name` is in the model; returns the model, which is `new` itself when the name is empty."""
+    if not name:
+        return new
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+    return model
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Every sparse module of a model as an ordinary dense one, in place; returns the model."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, SparseModule):
+            model = replace_module(model, name, module.to_dense())
+    return model
 
 
 def _parameter(bias: Tensor) -> nn.Parameter:

@@ -6,7 +6,7 @@ Shapes: O outputs, I inputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -34,6 +34,16 @@ DTYPES = {
 def dtype_name(dtype: torch.dtype) -> str:
     """`torch.bfloat16` as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
+
+
+def shape_text(shape: Iterable[int]) -> str:
+    """`(4, 16, 32)` as "4x16x32": one line of JSON, where a list would take five."""
+    return "x".join(str(size) for size in shape)
+
+
+def shape_of(text: str) -> tuple[int, ...]:
+    """Inverse of `shape_text`."""
+    return tuple(int(size) for size in text.split("x"))
 
 
 @dataclass(eq=False)
@@ -93,24 +103,26 @@ class Packed:
         """Everything but the numbers, ready for JSON; `Packed.empty` turns it back."""
         return {
             "layout": self.layout,
-            "shape": list(self.shape),
+            "shape": shape_text(self.shape),
             "dtype": dtype_name(self.dtype),
             "params": dict(self.params),
-            "tensors": {name: [list(shape), dtype_name(dtype)] for name, (shape, dtype) in self.specs().items()},
+            "tensors": {
+                name: f"{dtype_name(dtype)} {shape_text(shape)}" for name, (shape, dtype) in self.specs().items()
+            },
         }
 
     @classmethod
     def empty(cls, description: Mapping[str, Any], device: torch.device | str = "meta") -> Packed:
         """A `Packed` of the described layout with uninitialised tensors."""
         try:
-            tensors = {
-                name: torch.empty(shape, dtype=DTYPES[dtype], device=device)
-                for name, (shape, dtype) in description["tensors"].items()
-            }
-            o, i = (int(size) for size in description["shape"])
+            tensors = {}
+            for name, text in description["tensors"].items():
+                dtype, shape = text.split(" ")
+                tensors[name] = torch.empty(shape_of(shape), dtype=DTYPES[dtype], device=device)
+            o, i = shape_of(description["shape"])
             params = {key: int(value) for key, value in description["params"].items()}
             return cls(str(description["layout"]), (o, i), DTYPES[description["dtype"]], tensors, params)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise PumiceError(
                 f"layer description {dict(description)!r} is not a stored matrix ({error!r}): the config.json is damaged."
             ) from None
