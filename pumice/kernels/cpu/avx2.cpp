@@ -66,9 +66,12 @@ struct Avx2 {
   template <class T>
   using X = float;
   static constexpr int kDotRows = 8, kTileRows = 2, kTileSums = 8;
+  static constexpr bool kPairs = false;
 
-  template <class T, int N>
-  static void dot(const T* p, const uint8_t* mask, const float* x, int64_t stride, int64_t I, float* sums) {
+  template <class T, int M, int N>
+  static void dot(const T* const* values, const uint8_t* mask, int64_t, const float* x, int64_t stride, int64_t I,
+                  float (*sums)[N]) {
+    const T* p = values[0];
     constexpr int U = N == 1 ? 4 : N == 2 ? 2 : 1;  // sums in flight, to hide the latency of an FMA
     __m256 acc[N][U];
     for (int n = 0; n < N; ++n)
@@ -88,7 +91,7 @@ struct Avx2 {
     for (int n = 0; n < N; ++n) {
       __m256 total = acc[n][0];
       for (int u = 1; u < U; ++u) total = _mm256_add_ps(total, acc[n][u]);
-      sums[n] = sum(total);
+      sums[0][n] = sum(total);
     }
   }
 

@@ -22,7 +22,7 @@ struct Avx512 : Fp32Sums {
     for (int64_t i = 0; i < I; i += 16) {
       const __mmask16 bits = (__mmask16)(mask_word(mask, i / 64, I) >> (i % 64));
       const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
-      const __m256i w = _mm512_cvtepi32_epi16(_mm512_maskz_expand_epi32(bits, wide));
+      const __m256i w = _mm512_cvtepi32_epi16(expand32(bits, wide));
       if (I - i >= 16)
         _mm256_storeu_si256((__m256i*)(out + i), w);
       else

@@ -20,44 +20,71 @@ namespace {
 
 inline __m512bh pairs(__m512i v) { return (__m512bh)v; }
 
+inline __m512i expand16(uint32_t mask, const void* p) {
+  return _mm512_mask_expand_epi16(zero(), (__mmask32)mask, in_register(_mm512_loadu_si512(p)));
+}
+
 struct Bf16Sums {
   template <class T>
   using X = BF16;
   static constexpr int kDotRows = 8, kTileRows = 4, kTileSums = 16;
+  static constexpr bool kPairs = true;
+  static constexpr int64_t kAhead = 2048;  // bytes of values fetched ahead of their use
 
-  template <int N, int U>
-  static inline const BF16* word(const BF16* p, uint64_t bits, const BF16* x, int64_t stride, __m512 (*acc)[U], int u) {
+  // 64 columns: bits[m] of M rows of the matrix times N rows of x.
+  template <int M, int N, int U>
+  static inline void word(const BF16** p, const uint64_t* bits, const BF16* x, int64_t stride, __m512 (*acc)[N][U],
+                          int u) {
     for (int half = 0; half < 2; ++half) {
-      const uint32_t mask = (uint32_t)(bits >> (32 * half));
-      const __m512i w = _mm512_maskz_expand_epi16((__mmask32)mask, _mm512_loadu_si512(p));
-      p += _mm_popcnt_u32(mask);
-      for (int n = 0; n < N; ++n)
-        acc[n][u + half] =
-            _mm512_dpbf16_ps(acc[n][u + half], pairs(w), pairs(_mm512_loadu_si512(x + n * stride + 32 * half)));
+      __m512bh w[M];
+      for (int m = 0; m < M; ++m) {
+        // From one word to the next p moves by a single sum, not two: that chain would set the pace.
+        const int64_t used = half ? _mm_popcnt_u32((uint32_t)bits[m]) : 0;
+        w[m] = pairs(expand16((uint32_t)(bits[m] >> (32 * half)), p[m] + used));
+      }
+      for (int n = 0; n < N; ++n) {
+        const __m512bh v = pairs(_mm512_loadu_si512(x + n * stride + 32 * half));
+        for (int m = 0; m < M; ++m) {
+          __m512& sum = acc[m][n][(u + half) % U];
+          sum = _mm512_dpbf16_ps(sum, w[m], v);
+        }
+      }
     }
-    return p;
+    for (int m = 0; m < M; ++m) p[m] += _mm_popcnt_u64(bits[m]);
   }
 
-  template <class T, int N>
-  static void dot(const BF16* p, const uint8_t* mask, const BF16* x, int64_t stride, int64_t I, float* sums) {
-    constexpr int U = N == 1 ? 4 : 2;  // sums in flight, to hide the latency of vdpbf16ps
-    __m512 acc[N][U];
-    for (int n = 0; n < N; ++n)
-      for (int u = 0; u < U; ++u) acc[n][u] = _mm512_setzero_ps();
-    int64_t j = 0;
-    for (; 64 * j + 32 * U <= I; j += U / 2)
-      for (int u = 0; u < U; u += 2) {
-        uint64_t bits;
-        memcpy(&bits, mask + 8 * (j + u / 2), 8);
-        _mm_prefetch((const char*)p + kAhead, _MM_HINT_T0);
-        p = word<N, U>(p, bits, x + 64 * j + 32 * u, stride, acc, u);
-      }
-    for (; 64 * j < I; ++j) p = word<N, U>(p, mask_word(mask, j, I), x + 64 * j, stride, acc, 0);
-    for (int n = 0; n < N; ++n) {
-      __m512 total = acc[n][0];
-      for (int u = 1; u < U; ++u) total = _mm512_add_ps(total, acc[n][u]);
-      sums[n] = _mm512_reduce_add_ps(total);
+  template <class T, int M, int N>
+  static void dot(const BF16* const* values, const uint8_t* mask, int64_t mask_stride, const BF16* x, int64_t stride,
+                  int64_t I, float (*sums)[N]) {
+    constexpr int U = M * N == 1 ? 8 : M * N <= 4 ? 4 : M * N <= 8 ? 2 : 1;  // sums in flight, for vdpbf16ps's latency
+    constexpr int W = U < 2 ? 1 : U / 2;                                    // words per turn
+    __m512 acc[M][N][U];
+    const BF16* p[M];
+    for (int m = 0; m < M; ++m) {
+      p[m] = values[m];
+      for (int n = 0; n < N; ++n)
+        for (int u = 0; u < U; ++u) acc[m][n][u] = _mm512_setzero_ps();
     }
+    uint64_t bits[M];
+    int64_t j = 0;
+    for (; 64 * (j + W) <= I; j += W)
+      for (int k = 0; k < W; ++k) {
+        for (int m = 0; m < M; ++m) {
+          memcpy(&bits[m], mask + m * mask_stride + 8 * (j + k), 8);
+          _mm_prefetch((const char*)p[m] + kAhead, _MM_HINT_T0);
+        }
+        word<M, N, U>(p, bits, x + 64 * (j + k), stride, acc, 2 * k);
+      }
+    for (; 64 * j < I; ++j) {
+      for (int m = 0; m < M; ++m) bits[m] = mask_word(mask + m * mask_stride, j, I);
+      word<M, N, U>(p, bits, x + 64 * j, stride, acc, 0);
+    }
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) {
+        __m512 total = acc[m][n][0];
+        for (int u = 1; u < U; ++u) total = _mm512_add_ps(total, acc[m][n][u]);
+        sums[m][n] = _mm512_reduce_add_ps(total);
+      }
   }
 
   template <class T, int M, int N>
@@ -82,15 +109,13 @@ struct Bf16Sums {
     for (int m = 0; m < M; ++m)
       for (int n = 0; n < N; ++n) sums[m][n] = _mm512_reduce_add_ps(acc[m][n]);
   }
-
-  static constexpr int64_t kAhead = 2048;  // bytes of values fetched ahead of their use
 };
 
 struct Expansion {
   static void expand_row(const uint16_t* p, const uint8_t* mask, int64_t I, uint16_t* out) {
     for (int64_t i = 0; i < I; i += 32) {
       const uint32_t bits = (uint32_t)(mask_word(mask, i / 64, I) >> (i % 64));
-      const __m512i w = _mm512_maskz_expand_epi16((__mmask32)bits, _mm512_loadu_si512(p));
+      const __m512i w = expand16(bits, p);
       if (I - i >= 32)
         _mm512_storeu_si512(out + i, w);
       else

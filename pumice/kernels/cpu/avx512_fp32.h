@@ -5,6 +5,24 @@
 namespace pumice {
 namespace {
 
+// vpexpand as compilers like to write it is slow twice over: with a memory operand it is microcode on some CPUs, and
+// even with a zeroing mask it waits for the register that it overwrites (Zen 5). So the load is kept apart, and the
+// merging form writes over a zero that the compiler cannot see through.
+inline __m512i in_register(__m512i v) {
+#if defined(__GNUC__)
+  __asm__("" : "+v"(v));
+#endif
+  return v;
+}
+inline __m512i zero() {
+  __m512i v = _mm512_setzero_si512();
+#if defined(__GNUC__)
+  __asm__("" : "+v"(v));
+#endif
+  return v;
+}
+inline __m512i expand32(uint32_t mask, __m512i v) { return _mm512_mask_expand_epi32(zero(), (__mmask16)mask, v); }
+
 inline __m512 load16(const float* p) { return _mm512_loadu_ps(p); }
 inline __m512 load16(const BF16* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
@@ -17,7 +35,7 @@ inline __m512 load16(__mmask16 k, const BF16* p) {
 inline void expand_row32(const uint32_t* p, const uint8_t* mask, int64_t I, uint32_t* out) {
   for (int64_t i = 0; i < I; i += 16) {
     const __mmask16 bits = (__mmask16)(mask_word(mask, i / 64, I) >> (i % 64));
-    const __m512i w = _mm512_maskz_expand_epi32(bits, _mm512_loadu_si512(p));
+    const __m512i w = expand32(bits, in_register(_mm512_loadu_si512(p)));
     if (I - i >= 16)
       _mm512_storeu_si512(out + i, w);
     else
@@ -30,30 +48,45 @@ struct Fp32Sums {
   template <class T>
   using X = float;
   static constexpr int kDotRows = 8, kTileRows = 4, kTileSums = 16;
+  static constexpr bool kPairs = true;
 
-  template <class T, int N>
-  static void dot(const T* p, const uint8_t* mask, const float* x, int64_t stride, int64_t I, float* sums) {
-    constexpr int U = N <= 2 ? 4 : 2;  // sums in flight, to hide the latency of an FMA
-    __m512 acc[N][U];
-    for (int n = 0; n < N; ++n)
-      for (int u = 0; u < U; ++u) acc[n][u] = _mm512_setzero_ps();
+  template <class T, int M, int N>
+  static void dot(const T* const* values, const uint8_t* mask, int64_t mask_stride, const float* x, int64_t stride,
+                  int64_t I, float (*sums)[N]) {
+    constexpr int U = M * N <= 4 ? 4 : M * N <= 8 ? 2 : 1;  // sums in flight, to hide the latency of an FMA
+    __m512 acc[M][N][U];
+    const T* p[M];
+    for (int m = 0; m < M; ++m) {
+      p[m] = values[m];
+      for (int n = 0; n < N; ++n)
+        for (int u = 0; u < U; ++u) acc[m][n][u] = _mm512_setzero_ps();
+    }
     for (int64_t j = 0; 64 * j < I; ++j) {
-      const uint64_t word = mask_word(mask, j, I);
-      _mm_prefetch((const char*)p + 1536, _MM_HINT_T0);
-      _mm_prefetch((const char*)p + 1600, _MM_HINT_T0);
+      uint64_t word[M];
+      for (int m = 0; m < M; ++m) {
+        word[m] = mask_word(mask + m * mask_stride, j, I);
+        _mm_prefetch((const char*)p[m] + 1536, _MM_HINT_T0);
+        _mm_prefetch((const char*)p[m] + 1600, _MM_HINT_T0);
+      }
       for (int g = 0; g < 4; ++g) {
-        const __mmask16 bits = (__mmask16)(word >> (16 * g));
-        const __m512 w = _mm512_maskz_expand_ps(bits, load16(p));
-        p += _mm_popcnt_u32(bits);
-        for (int n = 0; n < N; ++n)
-          acc[n][g % U] = _mm512_fmadd_ps(w, load16(x + n * stride + 64 * j + 16 * g), acc[n][g % U]);
+        __m512 w[M];
+        for (int m = 0; m < M; ++m) {
+          const uint32_t bits = (uint32_t)(word[m] >> (16 * g)) & 0xffff;
+          w[m] = _mm512_castsi512_ps(expand32(bits, in_register(_mm512_castps_si512(load16(p[m])))));
+          p[m] += _mm_popcnt_u32(bits);
+        }
+        for (int n = 0; n < N; ++n) {
+          const __m512 v = load16(x + n * stride + 64 * j + 16 * g);
+          for (int m = 0; m < M; ++m) acc[m][n][g % U] = _mm512_fmadd_ps(w[m], v, acc[m][n][g % U]);
+        }
       }
     }
-    for (int n = 0; n < N; ++n) {
-      __m512 total = acc[n][0];
-      for (int u = 1; u < U; ++u) total = _mm512_add_ps(total, acc[n][u]);
-      sums[n] = _mm512_reduce_add_ps(total);
-    }
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) {
+        __m512 total = acc[m][n][0];
+        for (int u = 1; u < U; ++u) total = _mm512_add_ps(total, acc[m][n][u]);
+        sums[m][n] = _mm512_reduce_add_ps(total);
+      }
   }
 
   template <class T, int M, int N>

@@ -33,29 +33,38 @@ inline int64_t pass_rows(int64_t rows, int64_t most) {
   return passes ? (rows + passes - 1) / passes : 1;
 }
 
-template <class Isa, class T, int N>
-inline void dot_up_to(int n, const T* p, const uint8_t* mask, const Matrix& w, const Input& x, int64_t row, float* sums) {
+// M rows of the matrix from row o on, whose values begin at p, times n <= N rows of x.
+template <class Isa, class T, int M, int N>
+inline void dot_up_to(int n, const T* const* p, const Matrix& w, int64_t o, const Input& x, int64_t row, void* y) {
   if constexpr (N > 0) {
-    if (n == N) {
-      typedef typename Isa::template X<T> X;
-      Isa::template dot<T, N>(p, mask, (const X*)x.data + row * x.stride, x.stride, w.I, sums);
-    } else {
-      dot_up_to<Isa, T, N - 1>(n, p, mask, w, x, row, sums);
-    }
+    if (n < N) return dot_up_to<Isa, T, M, N - 1>(n, p, w, o, x, row, y);
+    typedef typename Isa::template X<T> X;
+    const int64_t bytes = (w.I + 7) / 8;
+    float sums[M][N];
+    Isa::template dot<T, M, N>(p, w.mask + o * bytes, bytes, (const X*)x.data + row * x.stride, x.stride, w.I, sums);
+    for (int m = 0; m < M; ++m) store<T>(w, o + m, row, N, sums[m], y);
   }
 }
 
 template <class Isa, class T>
 void bitmask_product(const Matrix& w, int64_t begin, int64_t end, const Input& x, void* y, void* scratch) {
-  const int64_t bytes = (w.I + 7) / 8, step = pass_rows(x.rows, Isa::kDotRows);
-  float sums[Isa::kDotRows];
-  for (int64_t o = begin; o < end; ++o) {
-    const T* p = row_values<T>(w, o, scratch);
+  const int64_t step = pass_rows(x.rows, Isa::kDotRows);
+  // Two rows of the matrix at once load x once for both; with one row of x there is more to gain from one stream.
+  const bool pairs = Isa::kPairs && step > 1;
+  for (int64_t o = begin; o < end;) {
+    const int m = pairs && o + 1 < end ? 2 : 1;
+    const T* p[2] = {row_values<T>(w, o, scratch), nullptr};
+    if (m == 2) p[1] = row_values<T>(w, o + 1, (T*)scratch + w.I + 64);
     for (int64_t row = 0; row < x.rows; row += step) {
-      int n = (int)(x.rows - row < step ? x.rows - row : step);
-      dot_up_to<Isa, T, Isa::kDotRows>(n, p, w.mask + o * bytes, w, x, row, sums);
-      store<T>(w, o, row, n, sums, y);
+      const int n = (int)(x.rows - row < step ? x.rows - row : step);
+      if constexpr (Isa::kPairs)
+        if (m == 2) {
+          dot_up_to<Isa, T, 2, Isa::kDotRows>(n, p, w, o, x, row, y);
+          continue;
+        }
+      dot_up_to<Isa, T, 1, Isa::kDotRows>(n, p, w, o, x, row, y);
     }
+    o += m;
   }
 }
 

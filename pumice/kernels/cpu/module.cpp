@@ -87,7 +87,7 @@ void expand_blocks(const Matrix& w, int64_t begin, int64_t end, char* out) {
 void run_piece(Job& job, int64_t begin, int64_t end) {
   const Matrix& w = *job.w;
   if (begin >= end) return;
-  void* spare = scratch(0, (size_t)((w.I + 64) * element_size(w.dtype)));
+  void* spare = scratch(0, (size_t)(2 * (w.I + 64) * element_size(w.dtype)));
   if (!spare) {
     job.out_of_memory = true;
     return;

@@ -23,21 +23,24 @@ struct Portable {
   template <class T>
   using X = float;
   static constexpr int kDotRows = 4, kTileRows = 4, kTileSums = 16;
+  static constexpr bool kPairs = false;
 
   // Sums of one word first, then of the words: two levels keep the rounding error near that of a vector sum.
-  template <class T, int N>
-  static void dot(const T* p, const uint8_t* mask, const float* x, int64_t stride, int64_t I, float* sums) {
+  template <class T, int M, int N>
+  static void dot(const T* const* values, const uint8_t* mask, int64_t, const float* x, int64_t stride, int64_t I,
+                  float (*sums)[N]) {
+    const T* p = values[0];
     float total[N] = {};
     for (int64_t j = 0; 64 * j < I; ++j) {
       float part[N] = {};
       for (uint64_t word = mask_word(mask, j, I); word; word &= word - 1) {
-        float value = widen(*p++);
+        const float value = widen(*p++);
         const float* column = x + 64 * j + lowest_bit(word);
         for (int n = 0; n < N; ++n) part[n] += value * column[n * stride];
       }
       for (int n = 0; n < N; ++n) total[n] += part[n];
     }
-    for (int n = 0; n < N; ++n) sums[n] = total[n];
+    for (int n = 0; n < N; ++n) sums[0][n] = total[n];
   }
 
   template <class T, int M, int N>
