@@ -36,3 +36,15 @@ def damped_inverse(hessian_II: Tensor, damp: float) -> tuple[Tensor, float]:
     """Inverse of the damped Hessian, and the damping that it took."""
     lower, used = damped_cholesky(hessian_II, damp)
     return torch.cholesky_inverse(lower), used
+
+
+def inverse_factor(hessian_II: Tensor, damp: float) -> tuple[Tensor, float]:
+    """Upper triangular U with (H + damping)⁻¹ = UᵀU, and the damping that it took.
+
+    Read backwards, H = R Rᵀ with R upper triangular, so that U = R⁻¹: one factorisation and one triangular inverse
+    instead of inverting H and factorising the inverse.
+    """
+    lower, used = damped_cholesky(hessian_II.flip(0, 1), damp)
+    r = lower.flip(0, 1)
+    eye = torch.eye(len(r), dtype=r.dtype, device=r.device)
+    return torch.linalg.solve_triangular(r, eye, upper=True), used

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -212,14 +212,19 @@ class Stream:
         self.model.eval()
         if experts is not None:
             config._experts_implementation = "eager"  # type: ignore[union-attr]
-        bf16 = self.compute == torch.bfloat16
-        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
+        with torch.no_grad():
             try:
                 yield
             finally:
                 self.model.train(training)
                 if experts is not None:
                     config._experts_implementation = experts  # type: ignore[union-attr]
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """Autocast for one stretch of forward passes only: it caches weights in bf16, which must not outlive a change."""
+        if self.compute == torch.bfloat16:
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
 
     def _loading(self, units: Sequence[Unit]) -> list[Any]:
         handles = []
@@ -271,7 +276,7 @@ class Stream:
         for unit in units:
             handles.append(unit.module.register_forward_pre_hook(before(unit), with_kwargs=True))
             handles.append(unit.module.register_forward_hook(after(unit), with_kwargs=True))
-        with _hooks(handles):
+        with _hooks(handles), self._precision():
             call_model(self.model, self.batches[0])
         repeated = {name for name, count in calls.items() if count > 1}
         for unit, following in zip(order, [*order[1:], None], strict=True):
@@ -327,7 +332,7 @@ class Stream:
         try:
             for unit in run:
                 unit.module.forward = recorder(unit, unit.module.forward)  # type: ignore[method-assign]
-            with _hooks(self._loading(outside)):
+            with _hooks(self._loading(outside)), self._precision():
                 call_model(self.model, batch)
         except EndOfPass:
             pass
@@ -356,7 +361,7 @@ class Stream:
         hidden: list[list[Tensor]] = []
         for batch in self.batches:
             records = self._enter(run, batch)
-            hidden.append([record.hidden() for record in records[run[0].name]])
+            hidden.append([self._widen(record.hidden()) for record in records[run[0].name]])
             for unit in run:
                 calls[unit.name].append([record.without_hidden() for record in records[unit.name]])
         for unit in run:
@@ -364,24 +369,30 @@ class Stream:
             try:
                 visit(unit, lambda needs, unit=unit: self._collect(unit, calls[unit.name], hidden, needs))
                 if unit is not run[-1]:
-                    self._advance(unit, calls[unit.name], hidden)
+                    with self._precision():
+                        self._advance(unit, calls[unit.name], hidden)
             finally:
                 self.source.free(unit.name, unit.module)
             del calls[unit.name]
+
+    def _widen(self, hidden: Tensor) -> Tensor:
+        """With autocast the residual stream is kept in float32, even where the weights are bf16."""
+        return hidden.float() if self.compute == torch.bfloat16 and hidden.is_floating_point() else hidden
 
     def _collect(
         self, unit: Unit, calls: list[list[_CallRecord]], hidden: list[list[Tensor]], needs: frozenset[str]
     ) -> dict[str, dict[str, Tensor]]:
         capture = Capture(unit.views, needs, batches=len(self.batches), bf16=self.compute == torch.bfloat16)
-        for batch, batch_calls, states in zip(self.batches, calls, hidden, strict=True):
-            capture.next_batch(token_mask(batch))
-            for index, (record, state) in enumerate(zip(batch_calls, states, strict=True)):
-                capture.may_end = index == len(states) - 1
-                try:
-                    with capture:
-                        record.call(unit.module, state)
-                except EndOfPass:
-                    continue
+        with self._precision():
+            for batch, batch_calls, states in zip(self.batches, calls, hidden, strict=True):
+                capture.next_batch(token_mask(batch))
+                for index, (record, state) in enumerate(zip(batch_calls, states, strict=True)):
+                    capture.may_end = index == len(states) - 1
+                    try:
+                        with capture:
+                            record.call(unit.module, state)
+                    except EndOfPass:
+                        continue
         return capture.finish()
 
     def _advance(self, unit: Unit, calls: list[list[_CallRecord]], hidden: list[list[Tensor]]) -> None:
@@ -389,5 +400,6 @@ class Stream:
             hidden[index] = [
                 hidden_of(record.call(unit.module, state)) for record, state in zip(batch_calls, states, strict=True)
             ]
-            if not all(torch.isfinite(state).all() for state in hidden[index]):
+            # A sum is enough to see NaN or Inf and costs a fraction of looking at every element.
+            if not all(torch.isfinite(state.sum(dtype=torch.float64)) for state in hidden[index]):
                 raise PumiceError(f"calibration: block {unit.name} returns NaN or Inf; try --dtype float32.")

@@ -11,10 +11,13 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from pumice.core.linalg import damped_inverse
+from pumice.core.linalg import inverse_factor
 from pumice.core.registry import recovery
 from pumice.core.stats import Stats
 from pumice.prune.layer import Score, Selector
+
+
+RUN = 16
 
 
 @recovery("obs", paper="arXiv:2301.00774", needs=("hessian",), selects="obs")
@@ -40,14 +43,13 @@ def obs(
     hessian = stats["hessian"]
     dead = torch.diagonal(hessian) <= 0
     weight[dead] = 0
-    inverse, used = damped_inverse(hessian, damp)
+    upper, used = inverse_factor(hessian, damp)
     if used != damp:
         select.note(f"Hessian was not positive definite with damp {damp:g}; {used:g} was used")
-    upper = torch.linalg.cholesky(inverse, upper=True)
     group = select.group_columns
     mask = None
     if score is not None or group is None:
-        scores = score(w_OI) if score is not None else w_OI.square() / torch.diagonal(inverse)
+        scores = score(w_OI) if score is not None else w_OI.square() / upper.square().sum(0)
         mask = select.whole(scores).t().contiguous()
     step = _columns_per_block(block, group)
     # N:M groups are chosen one by one, wider groups and single columns a block at a time, as in the paper.
@@ -72,19 +74,26 @@ def _columns_per_block(block: int, group: int | None) -> int:
 
 
 def _solve_block(part_BO: Tensor, factor_BB: Tensor, kept_BO: Tensor, select: Selector | None, group: int) -> Tensor:
-    """Prune and compensate inside one block, in place; returns the scaled errors [B, O] that later blocks absorb."""
+    """Prune and compensate inside one block, in place; returns the scaled errors [B, O] that later blocks absorb.
+
+    The block is worked off in short runs of columns: inside a run each column updates the rest of the run, and what
+    the run leaves for the columns behind it is one matrix product.
+    """
     errors = torch.empty_like(part_BO)
-    pivots = torch.diagonal(factor_BB).tolist()
-    squares = torch.diagonal(factor_BB).square()[:, None]
-    for column, pivot in enumerate(pivots):
-        if select is not None and column % group == 0:
-            scores = part_BO[column : column + group].square() / squares[column : column + group]
-            kept_BO[column : column + group] = select.whole(scores.t()).t()
-        w = part_BO[column]
-        error = errors[column]
-        torch.mul(w, ~kept_BO[column], out=error)
-        error /= pivot
-        w.mul_(kept_BO[column])
-        if column + 1 < len(pivots):
-            part_BO[column + 1 :].addr_(factor_BB[column, column + 1 :], error, alpha=-1)
+    diagonal = torch.diagonal(factor_BB)
+    pivots, squares = diagonal.tolist(), diagonal.square()[:, None]
+    run = max(1, RUN // group) * group if select is not None else RUN
+    for start in range(0, len(pivots), run):
+        stop = min(start + run, len(pivots))
+        for column in range(start, stop):
+            if select is not None and column % group == 0:
+                own = slice(column, column + group)
+                kept_BO[own] = select.whole((part_BO[own].square() / squares[own]).t()).t()
+            w, error = part_BO[column], errors[column]
+            torch.mul(w, ~kept_BO[column], out=error)
+            w -= error
+            error /= pivots[column]
+            if column + 1 < stop:
+                part_BO[column + 1 : stop].addr_(factor_BB[column, column + 1 : stop], error, alpha=-1)
+        part_BO[stop:].addmm_(factor_BB[start:stop, stop:].t(), errors[start:stop], alpha=-1)
     return errors
