@@ -261,6 +261,7 @@ def make_data(
     _check_count("samples", samples)
     _check_count("batch_size", batch_size)
     if is_text(data):
+        _check_reads_text(model, tokenizer)
         text = data if isinstance(data, list) else load_text(data)
         return _text_batches(model, tokenizer, text, samples, seqlen, seed, batch_size)
     if isinstance(data, Tensor):
@@ -298,13 +299,16 @@ def as_inputs(model: nn.Module, batch: Any) -> dict[str, Any]:
     return {main if main is not None else names[0]: batch}
 
 
-def _text_batches(
-    model: nn.Module, tokenizer: Any | None, text: Text, samples: int, seqlen: int, seed: int, batch_size: int
-) -> list[dict[str, Any]]:
+def _check_reads_text(model: nn.Module, tokenizer: Any | None) -> None:
     if getattr(model, "main_input_name", "input_ids") != "input_ids" or model_kind(model) == "module":
         raise PumiceError(f"data is text and {type(model).__name__} does not read text: give its inputs as tensors.")
     if tokenizer is None:
         raise PumiceError("data is text and the model has no tokenizer: pass tokenizer=, or token ids as data.")
+
+
+def _text_batches(
+    model: nn.Module, tokenizer: Any, text: Text, samples: int, seqlen: int, seed: int, batch_size: int
+) -> list[dict[str, Any]]:
     seqlen = min(seqlen, context_length(model) or seqlen)
     config: Any = model.config
     if getattr(config, "is_encoder_decoder", False):
