@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pumice.core.errors import PumiceError
+from pumice.engine import compressed_tensors
 from pumice.engine.writer import FORMAT_VERSION, INDEX, Writer, check_file, join, restore_entry
 from pumice.weights.layouts.base import Packed, dtype_name, shape_text, validate
 from pumice.weights.modules import SparseModule, densify, replace_module, sparse_twin
@@ -103,6 +104,18 @@ def read_config(path: str | Path) -> dict[str, Any]:
     Raises:
         PumiceError: no folder, no config.json, not one of Pumice's, or of a newer format version.
     """
+    config = _any_config(path)
+    stored = config.get("quantization_config")
+    if not isinstance(stored, dict) or stored.get("quant_method") != "pumice":
+        raise PumiceError(
+            f"path={str(path)!r} is not a Pumice checkpoint (no quant_method pumice in its config.json): load it with "
+            f"Transformers."
+        )
+    check_version(stored, str(path))
+    return config
+
+
+def _any_config(path: str | Path) -> dict[str, Any]:
     folder = Path(path)
     if not folder.is_dir():
         unfinished = folder.with_name(folder.name + ".partial").is_dir()
@@ -114,13 +127,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise PumiceError(f"path={str(path)!r} has no config.json: it is not a Pumice checkpoint.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise PumiceError(f"{folder / 'config.json'} is damaged ({error}): copy or download it again.") from None
-    stored = config.get("quantization_config") if isinstance(config, dict) else None
-    if not isinstance(stored, dict) or stored.get("quant_method") != "pumice":
-        raise PumiceError(
-            f"path={str(path)!r} is not a Pumice checkpoint (no quant_method pumice in its config.json): load it with "
-            f"Transformers."
-        )
-    check_version(stored, str(path))
+    if not isinstance(config, dict):
+        raise PumiceError(f"{folder / 'config.json'} is damaged (no JSON object): copy or download it again.")
     return config
 
 
@@ -140,7 +148,7 @@ def check_files(folder: Path, stored: Mapping[str, Any]) -> None:
 
 
 def load(path: str | Path, *, into: nn.Module | None = None, device: str | torch.device = "cpu") -> nn.Module:
-    """Load what `save` wrote.
+    """Load what `save` wrote, or an old compressed-tensors checkpoint in one of its sparse formats.
 
     Args:
         path: the folder.
@@ -155,6 +163,8 @@ def load(path: str | Path, *, into: nn.Module | None = None, device: str | torch
         PumiceError: not a Pumice checkpoint, a newer format version, a missing, cut off or damaged file, or (with
             `into`) tensors that are missing, left over or of another shape.
     """
+    if compressed_tensors.sparsity_format(_any_config(path)) is not None:
+        return compressed_tensors.load(path, into=into, device=device)
     config = read_config(path)
     if into is None:
         return _load_transformers(Path(path), config, device)
