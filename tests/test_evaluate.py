@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -83,12 +84,7 @@ def halve(output):
 
 
 def test_soft_capped_logits_are_kept():
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
-    config = Gemma2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, final_logit_softcapping=0.5)
-    model, windows = Gemma2ForCausalLM(config).eval(), ids()
+    model, windows = tiny.gemma2(final_logit_softcapping=0.5), ids()
     with torch.no_grad():
         loss = model(input_ids=windows, labels=windows).loss.item()
     assert perplexity(model, windows) == pytest.approx(math.exp(loss), rel=1e-4)
@@ -156,13 +152,14 @@ def test_evaluate_a_language_model():
 
 def test_evaluate_refuses():
     model = tiny.llama()
-    for options, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"data": torch.randn(2, 8)}, "token ids"),
         ({"data": None}, "no tokenizer"),
         ({"data": 5}, "is a int"),
         ({"data": ids(), "compute": "int8"}, "compute 'int8'"),
         ({"data": ids(), "tasks": ["copa"]}, "no tokenizer"),
-    ):
+    ]
+    for options, message in cases:
         with pytest.raises(PumiceError, match=message):
             evaluate(model, progress=False, **options)
     with pytest.raises(PumiceError, match="causal language model"):

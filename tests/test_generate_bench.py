@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from pumice.engine.bench import bench, model_bytes
 from pumice.engine.generate import generate
 from tests import tiny
 
-QUICK = {"prompt_tokens": 8, "new_tokens": 3, "repeats": 2}
+QUICK: dict[str, Any] = {"prompt_tokens": 8, "new_tokens": 3, "repeats": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -95,8 +96,8 @@ def test_bench_of_two_models():
         ("sparse", 3),
     ]
     for row in result.rows:
-        assert row.prefill and row.decode and row.forward is None
         base = result.row("dense", row.batch)
+        assert row.prefill and row.decode and base.prefill and base.decode and row.forward is None
         assert row.ratios == {"prefill": row.prefill / base.prefill, "decode": row.decode / base.decode}
     assert result.row("dense", 1).ratios == {"prefill": 1.0, "decode": 1.0}
     assert result.bytes["dense"] == 2 * result.bytes["sparse"]
@@ -160,14 +161,15 @@ def test_bench_restores_threads_and_mode():
 
 def test_bench_refuses():
     model = tiny.llama()
-    for options, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"batch": ()}, "batch"),
         ({"batch": (0,)}, "batch"),
         ({"repeats": 0}, "repeats"),
         ({"prompt_tokens": 60, "new_tokens": 10}, "context of 64"),
         ({"against": "sparse"}, "against = 'sparse'"),
         ({"threads": 0}, "threads = 0"),
-    ):
+    ]
+    for options, message in cases:
         with pytest.raises(PumiceError, match=message):
             bench(model, **({"against": None, "batch": 1} | QUICK | options))
     with pytest.raises(PumiceError, match="example inputs"):

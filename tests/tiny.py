@@ -1,5 +1,6 @@
 """Tiny random models and a word tokenizer, made in memory: no files, no hub."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,39 +26,46 @@ def llama(seed: int = 0, **changes: Any) -> Any:
     """Random two-layer Llama with 100 tokens, width 32 and context 64, in float32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(seed)
-    sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    model = LlamaForCausalLM(LlamaConfig(**(sizes | {"initializer_range": 0.3} | changes)))
-    return model.eval()
+    sizes = {"num_hidden_layers": 2, "num_key_value_heads": 2, "initializer_range": 0.3}
+    return _build(LlamaForCausalLM, LlamaConfig, _TEXT | sizes | changes, seed)
 
 
 def bert(cls: str = "BertModel", **changes: Any) -> Any:
     """Random one-layer BERT (of any head) with 100 tokens, width 32 and context 64."""
     import transformers
 
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 64}
-    return getattr(transformers, cls)(transformers.BertConfig(**(sizes | changes))).eval()
+    return _build(getattr(transformers, cls), transformers.BertConfig, _TEXT | changes)
+
+
+def gemma2(**changes: Any) -> Any:
+    """Random one-layer Gemma 2, whose logits can be soft-capped."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    return _build(Gemma2ForCausalLM, Gemma2Config, _TEXT | {"head_dim": 8, "num_key_value_heads": 2} | changes)
 
 
 def t5() -> Any:
     """Random one-layer T5 with 100 tokens and width 32."""
     from transformers import T5Config, T5ForConditionalGeneration
 
-    torch.manual_seed(0)
-    config = T5Config(vocab_size=100, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, decoder_start_token_id=0)
-    return T5ForConditionalGeneration(config).eval()
+    sizes = {"vocab_size": 100, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    return _build(T5ForConditionalGeneration, T5Config, sizes | {"decoder_start_token_id": 0})
 
 
 def vit() -> Any:
     """Random one-layer ViT classifier for 16 x 16 images and 3 classes."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
-    return ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, num_labels=3, **sizes)).eval()
+    return _build(ViTForImageClassification, ViTConfig, _SIZES | {"image_size": 16, "patch_size": 8, "num_labels": 3})
+
+
+_SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+_TEXT = _SIZES | {"vocab_size": 100, "max_position_embeddings": 64}
+
+
+def _build(cls: Any, config: Any, options: Mapping[str, Any], seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    return cls(config(**options)).eval()
 
 
 def words(count: int, seed: int = 0) -> str:

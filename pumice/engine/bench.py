@@ -64,7 +64,7 @@ def bench(
     model: nn.Module | Mapping[str, nn.Module],
     *,
     against: str | nn.Module | None = "dense",
-    batch: Sequence[int] = (1, 16),
+    batch: int | Sequence[int] = (1, 16),
     threads: int | None = None,
     prompt_tokens: int = 128,
     new_tokens: int = 32,
