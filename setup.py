@@ -7,7 +7,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 FOLDER = Path("pumice", "kernels", "cpu")
@@ -58,6 +58,9 @@ native = Extension(
 )
 
 setup(
+    # The recipes lie at the top of the repository, where people look for them, and inside the package once installed.
+    packages=[*find_packages(include=["pumice*"]), "pumice.recipes"],
+    package_dir={"pumice.recipes": "recipes"},
     ext_modules=[native],
     cmdclass={"build_ext": OptionalBuild},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if STABLE else {},
