@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from pumice.engine.hf import install_hook
+
 __version__ = "0.1.0"
 
 # Public names and the modules that hold them: loaded on first use, so that `import pumice` costs nothing.
@@ -35,3 +37,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+install_hook()

@@ -229,8 +229,7 @@ def _load_folder(path: Path, source: str, dtype: torch.dtype | str, task: str | 
             f"MODEL {source!r} {what} that {type(model).__name__} needs: the checkpoint is incomplete, or belongs to "
             "another task (see the task option)."
         )
-    tokenizer = _load_tokenizer(path, source) if any((path / name).exists() for name in _TOKENIZER_FILES) else None
-    return LoadedModel(model, tokenizer, source, sum(file.stat().st_size for file in weights), kind, path)
+    return LoadedModel(model, load_tokenizer(path), source, sum(file.stat().st_size for file in weights), kind, path)
 
 
 def _class_for(config: dict[str, Any], source: str, task: str | None) -> tuple[str, Any]:
@@ -291,6 +290,11 @@ def check_safetensors(file: Path) -> None:
             f"{file.name} in {str(file.parent)!r} is damaged or cut short ({size:,} bytes, "
             f"{8 + length + end:,} expected): fetch it again."
         )
+
+
+def load_tokenizer(path: Path) -> Any | None:
+    """Tokenizer of a checkpoint folder, or None where it has none."""
+    return _load_tokenizer(path, str(path)) if any((path / name).exists() for name in _TOKENIZER_FILES) else None
 
 
 def _load_tokenizer(path: Path, source: str, gguf_file: str | None = None) -> Any:

@@ -215,12 +215,12 @@ class Writer:
         Tensors are written at the latest on `commit`; do not change them before.
         """
         for prefix, child in module.named_modules(prefix=name, remove_duplicate=True):
-            self._add_own(prefix, child)
+            self.add_own(prefix, child)
             if sum(t.numel() * t.element_size() for t in self._pending.values()) >= self.shard_bytes:
                 self._flush()
         self.done.append(name)
 
-    def _add_own(self, name: str, module: nn.Module) -> None:
+    def add_own(self, name: str, module: nn.Module) -> None:
         """One module's own tensors."""
         plain: dict[str, Tensor] = dict(module.named_parameters(prefix=name, recurse=False, remove_duplicate=False))
         for key, buffer in module._buffers.items():
@@ -399,6 +399,28 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, An
                 file.write(raw[start : start + CHUNK])
         _sync(file)
     return {"sha256": digest.hexdigest(), "bytes": 8 + len(text) + position}
+
+
+@contextlib.contextmanager
+def staged(path: str | Path, overwrite: bool) -> Iterator[Path]:
+    """A fresh folder `OUT.partial` to write into, which becomes OUT at the end, or vanishes on an error.
+
+    Raises:
+        PumiceError: OUT exists and `overwrite` is not given, or it cannot be written (disk full, no permission).
+    """
+    path = Path(path)
+    if not overwrite:
+        check_free(path)
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        move_into_place(partial, path)
+    except OSError as error:
+        raise PumiceError(f"out={str(path)!r} cannot be written ({error.strerror}): free some space or change out.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def move_into_place(new: Path, path: Path) -> None:

@@ -1,0 +1,158 @@
+"""A model whose weights stay on disk: blocks are read when their turn comes and forgotten afterwards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from pumice.core.errors import PumiceError
+from pumice.engine.store import take_packed
+from pumice.engine.writer import Writer, join, restore_entry
+
+
+class Shards:
+    """Random access to the tensors of a checkpoint folder, without reading a file as a whole."""
+
+    def __init__(self, folder: Path) -> None:
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            self.where: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        else:
+            self.where = {}
+            for file in sorted(folder.glob("*.safetensors")):
+                with safe_open(file, framework="pt") as opened:
+                    self.where.update(dict.fromkeys(opened.keys(), file.name))
+        self.folder = folder
+        self._stack = ExitStack()
+        self._open: dict[str, Any] = {}
+
+    def get(self, name: str) -> Tensor:
+        """One tensor by its name in the checkpoint."""
+        file = self.where[name]
+        if file not in self._open:
+            self._open[file] = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
+        return self._open[file].get_tensor(name)
+
+    def close(self) -> None:
+        self._stack.close()
+        self._open.clear()
+
+
+def parameters_of(writer: Writer, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers under module `name` as an unfinished checkpoint holds them, expanded."""
+    inside = {key for key in writer.where if key.startswith(f"{name}.")}
+    with ExitStack() as stack:
+        files = {
+            file: stack.enter_context(safe_open(writer.partial / file, framework="pt"))
+            for file in {writer.where[key] for key in inside}
+        }
+        tensors = {key: files[writer.where[key]].get_tensor(key) for key in inside}
+    for key, entry in writer.layers.items():
+        if key.startswith(f"{name}.") or key == name:
+            packed = take_packed(tensors, key, entry, str(writer.partial))
+            yield key if entry["kind"] == "tensor" else f"{key}.weight", restore_entry(packed, entry)
+    yield from tensors.items()
+
+
+def put(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Set a parameter or buffer by its full name: in place where it has memory, else replaced, aliases included."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    key = name.rpartition(".")[2]
+    old = getattr(module, key)
+    if old.shape != tensor.shape:
+        raise PumiceError(f"tensor {name} is stored as {tuple(tensor.shape)} but the model has {tuple(old.shape)}.")
+    if not old.is_meta:
+        old.detach().copy_(tensor)
+        return
+    new: Any = tensor.to(old.dtype)
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+    for owner in model.modules():
+        for table in (owner._parameters, owner._buffers):
+            for alias, value in table.items():
+                if value is old:
+                    table[alias] = new
+
+
+class DiskSource:
+    """Loads units of a model on the meta device from a checkpoint, or from what the writer has finished."""
+
+    def __init__(self, model: nn.Module, shards: Shards, names: dict[str, str], writer: Writer) -> None:
+        self.model, self.shards, self.names, self.writer = model, shards, names, writer
+
+    def load(self, name: str, module: nn.Module) -> None:
+        """Bring a unit's tensors into memory."""
+        finished = dict(parameters_of(self.writer, name)) if name in self.writer.done else {}
+        buffers = {key for key, _ in module.named_buffers()}
+        for key, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            full = join(name, key)
+            # Buffers keep their memory (few bytes, some not in the checkpoint), but hold nothing true before this.
+            if full in self.names and (tensor.is_meta or key in buffers):
+                put(self.model, full, finished[full] if full in finished else self.shards.get(self.names[full]))
+
+    def free(self, name: str, module: nn.Module) -> None:
+        """Forget a unit's tensors; whatever changed in them must have been written."""
+        for owner in module.modules():
+            for key, parameter in owner._parameters.items():
+                if parameter is not None:
+                    owner._parameters[key] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+
+def names_in_checkpoint(model: nn.Module, stored: set[str]) -> dict[str, str] | str:
+    """Parameter name -> name in the checkpoint, or the reason why the two do not correspond one to one."""
+    prefix = getattr(model, "base_model_prefix", "")
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    names: dict[str, str] = {}
+    for name, _ in [*model.named_parameters(), *model.named_buffers()]:
+        short = name.removeprefix(f"{prefix}.")
+        found = next((n for n in (name, short, join(prefix, name)) if n in stored), None)
+        if found is not None:
+            names[name] = found
+        elif name not in tied and name not in dict(model.named_buffers()):
+            return f"the checkpoint does not hold {name} under that name (Transformers converts it while loading)"
+    return names
+
+
+def open_on_disk(path: Path) -> tuple[nn.Module, Shards, dict[str, str]] | str:
+    """A Hugging Face checkpoint as a model without memory, or the reason why it must be loaded whole.
+
+    Everything that is not inside a block (embeddings, final norm, head) is read by the caller with `load_rest`.
+    """
+    config_file = path / "config.json"
+    if not path.is_dir() or not config_file.exists():
+        return "it is not a checkpoint folder"
+    config = json.loads(config_file.read_text())
+    if config.get("quantization_config"):
+        return "its weights are stored quantised or sparse"
+    if not list(path.glob("*.safetensors")):
+        return "it has no safetensors files"
+    import transformers
+    from accelerate import init_empty_weights
+
+    cls = getattr(transformers, (config.get("architectures") or [""])[0], None)
+    if cls is None:
+        return "its config names no architecture that Transformers knows"
+    loaded = transformers.AutoConfig.from_pretrained(path)
+    with init_empty_weights(include_buffers=False):
+        model = cls._from_config(loaded, dtype=loaded.dtype or torch.float32)
+    model.tie_weights()
+    shards = Shards(path)
+    names = names_in_checkpoint(model, set(shards.where))
+    if isinstance(names, str):
+        shards.close()
+        return names
+    return model.eval(), shards, names
+
+
+def load_rest(model: nn.Module, shards: Shards, names: dict[str, str], units: set[str]) -> None:
+    """Read everything outside the units, which stays in memory."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in names and not any(name.startswith(f"{unit}.") for unit in units):
+            put(model, name, shards.get(names[name]))

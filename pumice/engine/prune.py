@@ -1,0 +1,226 @@
+"""`pumice.prune`: one-shot pruning of a model in memory, or of a checkpoint from disk to disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pumice.core.errors import PumiceError
+from pumice.core.stream import InMemory, Source, Unit, find_units
+from pumice.core.view import DEFAULT_IGNORE, find_views
+from pumice.engine.data import make_data
+from pumice.engine.disk import DiskSource, load_rest, open_on_disk, parameters_of, put
+from pumice.engine.models import load_model, load_tokenizer
+from pumice.engine.store import model_config, save_companions, tied_parameters
+from pumice.engine.writer import Writer
+from pumice.prune.axes import Axes
+from pumice.prune.run import LayerResult, Pruner, PruneResult
+from pumice.recipe import resolve
+from pumice.weights.patterns.base import Pattern
+
+BIG = 50_000_000
+"""Parameters from which calibration in bf16 is worth its rounding."""
+
+
+def prune(
+    model: nn.Module | str | Path,
+    method: str = "auto",
+    *,
+    density: float | None = None,
+    pattern: str | Pattern | None = None,
+    data: Any = None,
+    out: str | Path | None = None,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] = DEFAULT_IGNORE,
+    seed: int = 0,
+    score: Any = None,
+    recover: Any = None,
+    allocation: Any = None,
+    tokenizer: Any = None,
+    samples: int = 64,
+    seqlen: int = 1024,
+    compute: str = "auto",
+    device: str = "cpu",
+    dtype: str = "auto",
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> PruneResult:
+    """Prune a model in place, or a checkpoint into the folder `out`, block by block.
+
+    Args:
+        model: any module (changed in place), or a Hugging Face id, folder or GGUF file (then `out` is required; a
+            folder of safetensors is streamed, so that it may be larger than memory).
+        method: a recipe or score (`pumice methods` lists them); the axes below override what it says.
+        density: share of the weights of each pruned layer to keep; N:M patterns imply theirs.
+        pattern: "unstructured", "2:4", "16x32", "row", "column", …
+        data: calibration data: text file, Hugging Face dataset, token ids, batches or a DataLoader; None takes a text
+            that every Python has.
+        targets, ignore: patterns of layer names to prune, to leave dense.
+        score, recover, allocation: names, or `{"name": …, option: …}`.
+        samples, seqlen: calibration windows and their length in tokens.
+        compute: "float32", or "bfloat16" matrix products while calibrating; "auto" takes bfloat16 for models of 50
+            million parameters and more where the machine multiplies it natively.
+        device, dtype: where and in which type a `model` given by name is loaded.
+        loss: `f(model, batch)` for gradient scores of models that return no loss.
+        resume: go on with an interrupted run to the same `out`.
+        overwrite: replace an existing `out`.
+
+    Returns:
+        density, error and time of every layer.
+
+    Raises:
+        PumiceError: whatever can be known to fail is refused before any work; an interrupted run keeps its finished
+            blocks in `OUT.partial`.
+    """
+    axes = Axes.make(**resolve(
+        method, score=score, recover=recover, allocation=allocation, pattern=pattern, density=density, targets=targets,
+        ignore=ignore,
+    ))
+    settings = {"seed": seed, "samples": samples, "seqlen": seqlen, "data": _name_of(data)}
+    job = _Job(axes, settings, out, tokenizer, data, compute, loss, resume, overwrite, progress)
+    if isinstance(model, nn.Module):
+        return job.in_memory(model, getattr(model, "name_or_path", "") or type(model).__name__)
+    if out is None:
+        raise PumiceError(f"out=None: model {str(model)!r} is given by name; say where the pruned checkpoint goes.")
+    return job.from_name(model, device, dtype)
+
+
+def _name_of(data: Any) -> str | None:
+    return data if data is None or isinstance(data, str) else str(data) if isinstance(data, Path) else type(data).__name__
+
+
+def compute_dtype(compute: str, model: nn.Module) -> torch.dtype:
+    """dtype of the calibration's matrix products."""
+    if compute in ("float32", "bfloat16"):
+        return getattr(torch, compute)
+    if compute != "auto":
+        raise PumiceError(f"compute={compute!r} must be auto, float32 or bfloat16.")
+    big = sum(p.numel() for p in model.parameters()) >= BIG
+    on_gpu = any(p.is_cuda for p in model.parameters())
+    native = on_gpu or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.bfloat16 if big and native else torch.float32
+
+
+class _Job:
+    """One pruning run: its data, its checkpoint, and what an earlier, interrupted run left."""
+
+    def __init__(
+        self,
+        axes: Axes,
+        settings: dict[str, Any],
+        out: str | Path | None,
+        tokenizer: Any,
+        data: Any,
+        compute: str,
+        loss: Callable[[nn.Module, Any], Tensor] | None,
+        resume: bool,
+        overwrite: bool,
+        progress: bool,
+    ) -> None:
+        self.axes, self.settings, self.out, self.tokenizer, self.data = axes, settings, out, tokenizer, data
+        self.compute, self.loss, self.resume, self.overwrite, self.progress = compute, loss, resume, overwrite, progress
+        if resume and out is None:
+            raise PumiceError("resume=True needs out=…, the folder of the interrupted run.")
+
+    def batches(self, model: nn.Module) -> list[Any]:
+        """Calibration batches, or none where nothing needs them and none were given."""
+        if not self.axes.needs_data and self.data is None:
+            return []
+        wanted = {key: self.settings[key] for key in ("samples", "seqlen", "seed")}
+        batches = make_data(model, self.tokenizer, self.data, **wanted)
+        device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+        return [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
+
+    def in_memory(self, model: nn.Module, source: str) -> PruneResult:
+        """Prune a module in place; with `out`, each finished block is written at once."""
+        if self.out is None:
+            return self._pruner(model, self.batches(model)).run()
+        views = find_views(model, self.axes.targets, self.axes.ignore)
+        self.axes.check_views(views)
+        with self._writer(model, source) as writer:
+            done = self._finished(writer)
+            for name in done:
+                for key, tensor in parameters_of(writer, name):
+                    put(model, key, tensor)
+            return self._run(model, writer, done, InMemory())
+
+    def from_name(self, name: str | Path, device: str, dtype: str) -> PruneResult:
+        """Prune a model given by name: streamed from disk where that is possible, else loaded."""
+        opened = open_on_disk(Path(name)) if (device, dtype) == ("cpu", "auto") else "device or dtype was asked for"
+        if isinstance(opened, str):
+            loaded = load_model(name, dtype=dtype, device=device)
+            self.tokenizer = self.tokenizer or loaded.tokenizer
+            result = self.in_memory(loaded.model, str(name))
+            result.notes.append(f"the model was loaded whole: {opened}")
+            return result
+        model, shards, names = opened
+        if self.tokenizer is None:
+            self.tokenizer = load_tokenizer(Path(name))
+        views = find_views(model, self.axes.targets, self.axes.ignore)
+        self.axes.check_views(views)
+        units = {unit.name for unit in find_units(model, views)}
+        with self._writer(model, str(name)) as writer:
+            load_rest(model, shards, names, units)
+            source = DiskSource(model, shards, names, writer)
+            return self._run(model, writer, self._finished(writer), source)
+
+    def _writer(self, model: nn.Module, source: str) -> Writer:
+        assert self.out is not None
+        options: dict[str, Any] = {"hint": self.axes.pattern, "tied": tied_parameters(model)}
+        self.fingerprint = {"model": source, "recipe": self.axes.describe(), **self.settings}
+        if not self.resume:
+            return Writer(self.out, self.overwrite, **options)
+        writer = Writer.resume(self.out, self.overwrite, **options)
+        before = writer.progress.get("fingerprint", {})
+        for key, value in self.fingerprint.items():
+            if before.get(key) != value:
+                raise PumiceError(
+                    f"resume: the interrupted run in {writer.partial} had {key}={before.get(key)!r}, now it is {value!r}; "
+                    "repeat its settings, or start again with overwrite."
+                )
+        return writer
+
+    @staticmethod
+    def _finished(writer: Writer) -> dict[str, list[LayerResult]]:
+        stored = writer.progress.get("results", {})
+        return {name: [_layer_result(row) for row in stored[name]] for name in writer.done if name in stored}
+
+    def _run(self, model: nn.Module, writer: Writer, done: dict[str, list[LayerResult]], source: Source) -> PruneResult:
+        results = {name: [asdict(row) for row in rows] for name, rows in done.items()}
+
+        def finished(unit: Unit, rows: list[LayerResult]) -> None:
+            results[unit.name] = [asdict(row) for row in rows]
+            writer.add_module(unit.name, unit.module)
+            writer.commit(fingerprint=self.fingerprint, results=results)
+
+        result = self._pruner(model, self.batches(model), source=source, finished=finished, done=done).run()
+        for name, module in model.named_modules():
+            if not any(name == unit or name.startswith(f"{unit}.") for unit in writer.done):
+                writer.add_own(name, module)
+        save_companions(writer.partial, model, self.tokenizer)
+        metadata = {**self.fingerprint, "density": result.density, "seconds": result.seconds}
+        result.path = str(writer.finish(model_config(model), metadata=metadata))
+        return result
+
+    def _pruner(self, model: nn.Module, batches: list[Any], **options: Any) -> Pruner:
+        return Pruner(
+            model,
+            self.axes,
+            batches,
+            compute=compute_dtype(self.compute, model),
+            loss=self.loss,
+            seed=self.settings["seed"],
+            progress=self.progress,
+            **options,
+        )
+
+
+def _layer_result(row: dict[str, Any]) -> LayerResult:
+    return LayerResult(**{**row, "shape": tuple(row["shape"])})
