@@ -56,6 +56,12 @@ inline __m256 expanded(const BF16* p, unsigned byte) { return widened(load_expan
 inline __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
 inline __m256 load8(const BF16* p) { return widened(_mm_loadu_si128((const __m128i*)p)); }
 
+// Asks for the cache lines of n values.
+template <class T>
+inline void fetch(const T* p, int64_t n) {
+  for (int64_t byte = 0; byte < n * (int64_t)sizeof(T); byte += 64) _mm_prefetch((const char*)p + byte, _MM_HINT_T0);
+}
+
 inline float sum(__m256 v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -69,25 +75,31 @@ struct Avx2 {
   static constexpr bool kPairs = false;
 
   template <class T, int M, int N>
-  static void dot(const T* const* values, const uint8_t* mask, int64_t, const float* x, int64_t stride, int64_t I,
-                  float (*sums)[N]) {
+  static void dot(const T* const* values, int64_t ahead, const uint8_t* mask, int64_t, const float* x, int64_t stride,
+                  int64_t I, float (*sums)[N]) {
     const T* p = values[0];
     constexpr int U = N == 1 ? 4 : N == 2 ? 2 : 1;  // sums in flight, to hide the latency of an FMA
     __m256 acc[N][U];
+    PUMICE_UNROLL
     for (int n = 0; n < N; ++n)
+      PUMICE_UNROLL
       for (int u = 0; u < U; ++u) acc[n][u] = _mm256_setzero_ps();
     for (int64_t j = 0; 64 * j < I; ++j) {
       const uint64_t word = mask_word(mask, j, I);
-      _mm_prefetch((const char*)p + 1024, _MM_HINT_T0);
+      _mm_prefetch((const char*)(p + ahead), _MM_HINT_T0);
+      PUMICE_UNROLL
       for (int k = 0; k < 8; k += U)
+        PUMICE_UNROLL
         for (int u = 0; u < U; ++u) {
           const unsigned byte = (unsigned)(word >> (8 * (k + u))) & 0xff;
           const __m256 w = expanded(p, byte);
           p += _mm_popcnt_u32(byte);
+          PUMICE_UNROLL
           for (int n = 0; n < N; ++n)
             acc[n][u] = _mm256_fmadd_ps(w, load8(x + n * stride + 64 * j + 8 * (k + u)), acc[n][u]);
         }
     }
+    PUMICE_UNROLL
     for (int n = 0; n < N; ++n) {
       __m256 total = acc[n][0];
       for (int u = 1; u < U; ++u) total = _mm256_add_ps(total, acc[n][u]);
@@ -97,25 +109,34 @@ struct Avx2 {
 
   template <class T, int M, int N>
   static void tile(const T* values, const int32_t* columns, int64_t begin, int64_t end, int64_t r, int64_t c,
-                   const float* x, int64_t stride, float (*sums)[N]) {
+                   int64_t ahead, const float* x, int64_t stride, float (*sums)[N]) {
     __m256 acc[M][N];
     float rest[M][N];
+    PUMICE_UNROLL
     for (int m = 0; m < M; ++m)
+      PUMICE_UNROLL
       for (int n = 0; n < N; ++n) acc[m][n] = _mm256_setzero_ps(), rest[m][n] = 0;
     for (int64_t b = begin; b < end; ++b) {
       const T* w = values + b * r * c;
       const float* xs = x + columns[b] * c;
+      if (ahead) fetch(w + ahead, r * c);
       int64_t k = 0;
       for (; k + 8 <= c; k += 8)
+        PUMICE_UNROLL
         for (int m = 0; m < M; ++m) {
           const __m256 v = load8(w + m * c + k);
+          PUMICE_UNROLL
           for (int n = 0; n < N; ++n) acc[m][n] = _mm256_fmadd_ps(v, load8(xs + n * stride + k), acc[m][n]);
         }
       for (; k < c; ++k)
+        PUMICE_UNROLL
         for (int m = 0; m < M; ++m)
+          PUMICE_UNROLL
           for (int n = 0; n < N; ++n) rest[m][n] += widen(w[m * c + k]) * xs[n * stride + k];
     }
+    PUMICE_UNROLL
     for (int m = 0; m < M; ++m)
+      PUMICE_UNROLL
       for (int n = 0; n < N; ++n) sums[m][n] = sum(acc[m][n]) + rest[m][n];
   }
 

@@ -29,57 +29,69 @@ struct Bf16Sums {
   using X = BF16;
   static constexpr int kDotRows = 8, kTileRows = 4, kTileSums = 16;
   static constexpr bool kPairs = true;
-  static constexpr int64_t kAhead = 2048;  // bytes of values fetched ahead of their use
 
   // 64 columns: bits[m] of M rows of the matrix times N rows of x.
   template <int M, int N, int U>
   static inline void word(const BF16** p, const uint64_t* bits, const BF16* x, int64_t stride, __m512 (*acc)[N][U],
                           int u) {
+    PUMICE_UNROLL
     for (int half = 0; half < 2; ++half) {
       __m512bh w[M];
+      PUMICE_UNROLL
       for (int m = 0; m < M; ++m) {
         // From one word to the next p moves by a single sum, not two: that chain would set the pace.
         const int64_t used = half ? _mm_popcnt_u32((uint32_t)bits[m]) : 0;
         w[m] = pairs(expand16((uint32_t)(bits[m] >> (32 * half)), p[m] + used));
       }
+      PUMICE_UNROLL
       for (int n = 0; n < N; ++n) {
         const __m512bh v = pairs(_mm512_loadu_si512(x + n * stride + 32 * half));
+        PUMICE_UNROLL
         for (int m = 0; m < M; ++m) {
           __m512& sum = acc[m][n][(u + half) % U];
           sum = _mm512_dpbf16_ps(sum, w[m], v);
         }
       }
     }
+    PUMICE_UNROLL
     for (int m = 0; m < M; ++m) p[m] += _mm_popcnt_u64(bits[m]);
   }
 
   template <class T, int M, int N>
-  static void dot(const BF16* const* values, const uint8_t* mask, int64_t mask_stride, const BF16* x, int64_t stride,
-                  int64_t I, float (*sums)[N]) {
+  static void dot(const BF16* const* values, int64_t ahead, const uint8_t* mask, int64_t mask_stride, const BF16* x,
+                  int64_t stride, int64_t I, float (*sums)[N]) {
     constexpr int U = M * N == 1 ? 8 : M * N <= 4 ? 4 : M * N <= 8 ? 2 : 1;  // sums in flight, for vdpbf16ps's latency
     constexpr int W = U < 2 ? 1 : U / 2;                                    // words per turn
     __m512 acc[M][N][U];
     const BF16* p[M];
+    PUMICE_UNROLL
     for (int m = 0; m < M; ++m) {
       p[m] = values[m];
+      PUMICE_UNROLL
       for (int n = 0; n < N; ++n)
+        PUMICE_UNROLL
         for (int u = 0; u < U; ++u) acc[m][n][u] = _mm512_setzero_ps();
     }
     uint64_t bits[M];
     int64_t j = 0;
     for (; 64 * (j + W) <= I; j += W)
+      PUMICE_UNROLL
       for (int k = 0; k < W; ++k) {
+        PUMICE_UNROLL
         for (int m = 0; m < M; ++m) {
           memcpy(&bits[m], mask + m * mask_stride + 8 * (j + k), 8);
-          _mm_prefetch((const char*)p[m] + kAhead, _MM_HINT_T0);
+          fetch(p[m] + ahead, 32);
         }
         word<M, N, U>(p, bits, x + 64 * (j + k), stride, acc, 2 * k);
       }
     for (; 64 * j < I; ++j) {
+      PUMICE_UNROLL
       for (int m = 0; m < M; ++m) bits[m] = mask_word(mask + m * mask_stride, j, I);
       word<M, N, U>(p, bits, x + 64 * j, stride, acc, 0);
     }
+    PUMICE_UNROLL
     for (int m = 0; m < M; ++m)
+      PUMICE_UNROLL
       for (int n = 0; n < N; ++n) {
         __m512 total = acc[m][n][0];
         for (int u = 1; u < U; ++u) total = _mm512_add_ps(total, acc[m][n][u]);
@@ -89,24 +101,32 @@ struct Bf16Sums {
 
   template <class T, int M, int N>
   static void tile(const BF16* values, const int32_t* columns, int64_t begin, int64_t end, int64_t r, int64_t c,
-                   const BF16* x, int64_t stride, float (*sums)[N]) {
+                   int64_t ahead, const BF16* x, int64_t stride, float (*sums)[N]) {
     __m512 acc[M][N];
+    PUMICE_UNROLL
     for (int m = 0; m < M; ++m)
+      PUMICE_UNROLL
       for (int n = 0; n < N; ++n) acc[m][n] = _mm512_setzero_ps();
     for (int64_t b = begin; b < end; ++b) {
       const BF16* w = values + b * r * c;
       const BF16* xs = x + columns[b] * c;
+      if (ahead) fetch(w + ahead, r * c);
       for (int64_t k = 0; k < c; k += 32) {
         const __mmask32 inside = c - k >= 32 ? (__mmask32)0xffffffff : (__mmask32)((1u << (c - k)) - 1);
         __m512bh v[N];
+        PUMICE_UNROLL
         for (int n = 0; n < N; ++n) v[n] = pairs(_mm512_maskz_loadu_epi16(inside, xs + n * stride + k));
+        PUMICE_UNROLL
         for (int m = 0; m < M; ++m) {
           const __m512bh row = pairs(_mm512_maskz_loadu_epi16(inside, w + m * c + k));
+          PUMICE_UNROLL
           for (int n = 0; n < N; ++n) acc[m][n] = _mm512_dpbf16_ps(acc[m][n], row, v[n]);
         }
       }
     }
+    PUMICE_UNROLL
     for (int m = 0; m < M; ++m)
+      PUMICE_UNROLL
       for (int n = 0; n < N; ++n) sums[m][n] = _mm512_reduce_add_ps(acc[m][n]);
   }
 };

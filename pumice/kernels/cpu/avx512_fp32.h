@@ -44,6 +44,12 @@ inline void expand_row32(const uint32_t* p, const uint8_t* mask, int64_t I, uint
   }
 }
 
+// Asks for the cache lines of n values.
+template <class T>
+inline void fetch(const T* p, int64_t n) {
+  for (int64_t byte = 0; byte < n * (int64_t)sizeof(T); byte += 64) _mm_prefetch((const char*)p + byte, _MM_HINT_T0);
+}
+
 struct Fp32Sums {
   template <class T>
   using X = float;
@@ -51,37 +57,46 @@ struct Fp32Sums {
   static constexpr bool kPairs = true;
 
   template <class T, int M, int N>
-  static void dot(const T* const* values, const uint8_t* mask, int64_t mask_stride, const float* x, int64_t stride,
-                  int64_t I, float (*sums)[N]) {
+  static void dot(const T* const* values, int64_t ahead, const uint8_t* mask, int64_t mask_stride, const float* x,
+                  int64_t stride, int64_t I, float (*sums)[N]) {
     constexpr int U = M * N <= 4 ? 4 : M * N <= 8 ? 2 : 1;  // sums in flight, to hide the latency of an FMA
     __m512 acc[M][N][U];
     const T* p[M];
+    PUMICE_UNROLL
     for (int m = 0; m < M; ++m) {
       p[m] = values[m];
+      PUMICE_UNROLL
       for (int n = 0; n < N; ++n)
+        PUMICE_UNROLL
         for (int u = 0; u < U; ++u) acc[m][n][u] = _mm512_setzero_ps();
     }
     for (int64_t j = 0; 64 * j < I; ++j) {
       uint64_t word[M];
+      PUMICE_UNROLL
       for (int m = 0; m < M; ++m) {
         word[m] = mask_word(mask + m * mask_stride, j, I);
-        _mm_prefetch((const char*)p[m] + 1536, _MM_HINT_T0);
-        _mm_prefetch((const char*)p[m] + 1600, _MM_HINT_T0);
+        fetch(p[m] + ahead, 32);
       }
+      PUMICE_UNROLL
       for (int g = 0; g < 4; ++g) {
         __m512 w[M];
+        PUMICE_UNROLL
         for (int m = 0; m < M; ++m) {
           const uint32_t bits = (uint32_t)(word[m] >> (16 * g)) & 0xffff;
           w[m] = _mm512_castsi512_ps(expand32(bits, in_register(_mm512_castps_si512(load16(p[m])))));
           p[m] += _mm_popcnt_u32(bits);
         }
+        PUMICE_UNROLL
         for (int n = 0; n < N; ++n) {
           const __m512 v = load16(x + n * stride + 64 * j + 16 * g);
+          PUMICE_UNROLL
           for (int m = 0; m < M; ++m) acc[m][n][g % U] = _mm512_fmadd_ps(w[m], v, acc[m][n][g % U]);
         }
       }
     }
+    PUMICE_UNROLL
     for (int m = 0; m < M; ++m)
+      PUMICE_UNROLL
       for (int n = 0; n < N; ++n) {
         __m512 total = acc[m][n][0];
         for (int u = 1; u < U; ++u) total = _mm512_add_ps(total, acc[m][n][u]);
@@ -91,24 +106,32 @@ struct Fp32Sums {
 
   template <class T, int M, int N>
   static void tile(const T* values, const int32_t* columns, int64_t begin, int64_t end, int64_t r, int64_t c,
-                   const float* x, int64_t stride, float (*sums)[N]) {
+                   int64_t ahead, const float* x, int64_t stride, float (*sums)[N]) {
     __m512 acc[M][N];
+    PUMICE_UNROLL
     for (int m = 0; m < M; ++m)
+      PUMICE_UNROLL
       for (int n = 0; n < N; ++n) acc[m][n] = _mm512_setzero_ps();
     for (int64_t b = begin; b < end; ++b) {
       const T* w = values + b * r * c;
       const float* xs = x + columns[b] * c;
+      if (ahead) fetch(w + ahead, r * c);
       for (int64_t k = 0; k < c; k += 16) {
         const __mmask16 inside = c - k >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << (c - k)) - 1);
         __m512 v[N];
+        PUMICE_UNROLL
         for (int n = 0; n < N; ++n) v[n] = load16(inside, xs + n * stride + k);
+        PUMICE_UNROLL
         for (int m = 0; m < M; ++m) {
           const __m512 row = load16(inside, w + m * c + k);
+          PUMICE_UNROLL
           for (int n = 0; n < N; ++n) acc[m][n] = _mm512_fmadd_ps(row, v[n], acc[m][n]);
         }
       }
     }
+    PUMICE_UNROLL
     for (int m = 0; m < M; ++m)
+      PUMICE_UNROLL
       for (int n = 0; n < N; ++n) sums[m][n] = _mm512_reduce_add_ps(acc[m][n]);
   }
 };

@@ -9,7 +9,15 @@
 namespace pumice {
 namespace {
 
-constexpr int64_t kOverread = 64;  // bytes that a vector load may read beyond the values it needs
+constexpr int64_t kOverread = 64;   // bytes that a vector load may read beyond the values it needs
+constexpr int64_t kAhead = 2048;    // bytes of values that are fetched ahead of their use, at least
+
+// Elements to the next block that begins at least kAhead bytes later.
+template <class T>
+inline int64_t blocks_ahead(int64_t block) {
+  const int64_t least = kAhead / (int64_t)sizeof(T);
+  return (least + block - 1) / block * block;
+}
 
 // Values of row o, copied to the scratch where a vector load could cross the end of the buffer.
 template <class T>
@@ -33,6 +41,14 @@ inline int64_t pass_rows(int64_t rows, int64_t most) {
   return passes ? (rows + passes - 1) / passes : 1;
 }
 
+// Elements from a place in rows o and o + 1 to the place that comes at least kAhead bytes later in the reading order
+// of pairs of rows.
+template <class T>
+inline int64_t pair_ahead(const Matrix& w, int64_t o) {
+  const int64_t pair = w.starts[o + 2] - w.starts[o], least = kAhead / (int64_t)sizeof(T);
+  return pair >= least || pair == 0 ? pair : (least + pair - 1) / pair * pair;
+}
+
 // M rows of the matrix from row o on, whose values begin at p, times n <= N rows of x.
 template <class Isa, class T, int M, int N>
 inline void dot_up_to(int n, const T* const* p, const Matrix& w, int64_t o, const Input& x, int64_t row, void* y) {
@@ -41,7 +57,9 @@ inline void dot_up_to(int n, const T* const* p, const Matrix& w, int64_t o, cons
     typedef typename Isa::template X<T> X;
     const int64_t bytes = (w.I + 7) / 8;
     float sums[M][N];
-    Isa::template dot<T, M, N>(p, w.mask + o * bytes, bytes, (const X*)x.data + row * x.stride, x.stride, w.I, sums);
+    const int64_t ahead = M == 1 ? kAhead / (int64_t)sizeof(T) : pair_ahead<T>(w, o);
+    Isa::template dot<T, M, N>(p, ahead, w.mask + o * bytes, bytes, (const X*)x.data + row * x.stride, x.stride, w.I,
+                               sums);
     for (int m = 0; m < M; ++m) store<T>(w, o + m, row, N, sums[m], y);
   }
 }
@@ -49,8 +67,8 @@ inline void dot_up_to(int n, const T* const* p, const Matrix& w, int64_t o, cons
 template <class Isa, class T>
 void bitmask_product(const Matrix& w, int64_t begin, int64_t end, const Input& x, void* y, void* scratch) {
   const int64_t step = pass_rows(x.rows, Isa::kDotRows);
-  // Two rows of the matrix at once load x once for both; with one row of x there is more to gain from one stream.
-  const bool pairs = Isa::kPairs && step > 1;
+  // Two rows of the matrix at once load x once for both; with little of x there is more to gain from one stream.
+  const bool pairs = Isa::kPairs && step > 2;
   for (int64_t o = begin; o < end;) {
     const int m = pairs && o + 1 < end ? 2 : 1;
     const T* p[2] = {row_values<T>(w, o, scratch), nullptr};
@@ -76,30 +94,38 @@ inline void tile_up_to(int n, const Matrix& w, int64_t br, int64_t i, const Inpu
     typedef typename Isa::template X<T> X;
     float sums[M][N];
     const T* values = (const T*)w.values + i * w.c;
-    Isa::template tile<T, M, N>(values, w.columns, w.block_starts[br], w.block_starts[br + 1], w.r, w.c,
+    // The first pass over a row of blocks fetches all of it; the others find it in cache.
+    const int64_t ahead = i == 0 && row == 0 ? blocks_ahead<T>(w.r * w.c) : 0;
+    Isa::template tile<T, M, N>(values, w.columns, w.block_starts[br], w.block_starts[br + 1], w.r, w.c, ahead,
                                 (const X*)x.data + row * x.stride, x.stride, sums);
     for (int k = 0; k < M; ++k) store<T>(w, br * w.r + i + k, row, N, sums[k], y);
   }
+}
+
+// Rows of a block that are taken together: as many as there are and as their sums fit the registers.
+inline int64_t tile_rows(int64_t left, int64_t n, int64_t sums) {
+  for (int64_t m = 16; m > 1; m /= 2)
+    if (m != 2 && left >= m && m * n <= sums) return m;
+  return 1;
 }
 
 template <class Isa, class T>
 void block_product(const Matrix& w, int64_t begin, int64_t end, const Input& x, void* y, void*) {
   const int64_t step = pass_rows(x.rows, Isa::kTileRows);
   for (int64_t br = begin; br < end; ++br)
-    for (int64_t i = 0; i < w.r;) {
-      int64_t m = w.r - i >= 8 ? 8 : w.r - i >= 4 ? 4 : 1;
+    for (int64_t i = 0, m; i < w.r; i += m) {
+      m = tile_rows(w.r - i, step, Isa::kTileSums);
       for (int64_t row = 0; row < x.rows; row += step) {
-        int n = (int)(x.rows - row < step ? x.rows - row : step);
-        // Eight rows of the block only while their sums still fit the registers.
-        if (m == 8 && n * 8 > Isa::kTileSums) m = 4;
-        if (m == 8)
-          tile_up_to<Isa, T, 8, Isa::kTileRows>(n, w, br, i, x, row, y);
+        const int n = (int)(x.rows - row < step ? x.rows - row : step);
+        if (m == 16)
+          tile_up_to<Isa, T, 16, 1>(n, w, br, i, x, row, y);
+        else if (m == 8)
+          tile_up_to<Isa, T, 8, 2>(n, w, br, i, x, row, y);
         else if (m == 4)
           tile_up_to<Isa, T, 4, Isa::kTileRows>(n, w, br, i, x, row, y);
         else
           tile_up_to<Isa, T, 1, Isa::kTileRows>(n, w, br, i, x, row, y);
       }
-      i += m;
     }
 }
 

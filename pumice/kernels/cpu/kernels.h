@@ -8,6 +8,15 @@
 #include <stdint.h>
 #include <string.h>
 
+// Before loops over sums: unless they are unrolled early, GCC keeps the sums in memory instead of registers.
+#if defined(__clang__)
+#define PUMICE_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define PUMICE_UNROLL _Pragma("GCC unroll 16")
+#else
+#define PUMICE_UNROLL
+#endif
+
 namespace pumice {
 
 enum Dtype { kBF16 = 0, kF32 = 1, kF16 = 2 };

@@ -75,13 +75,25 @@ struct Job {
   bool out_of_memory;
 };
 
-void expand_blocks(const Matrix& w, int64_t begin, int64_t end, char* out) {
-  const int64_t size = element_size(w.dtype);
-  memset(out, 0, (size_t)((end - begin) * w.I * size));
-  for (int64_t o = begin; o < end; ++o)
+// `Bytes` is the width of a row of a block where that is usual, so that the copy is one or two instructions; else 0.
+template <int Bytes>
+void copy_blocks(const Matrix& w, int64_t begin, int64_t end, char* out) {
+  const int64_t size = element_size(w.dtype), bytes = Bytes ? Bytes : w.c * size;
+  for (int64_t o = begin; o < end; ++o) {
+    char* row = out + (o - begin) * w.I * size;
+    memset(row, 0, (size_t)(w.I * size));
     for (int64_t b = w.block_starts[o / w.r]; b < w.block_starts[o / w.r + 1]; ++b)
-      memcpy(out + ((o - begin) * w.I + w.columns[b] * w.c) * size,
-             (const char*)w.values + (b * w.r + o % w.r) * w.c * size, (size_t)(w.c * size));
+      memcpy(row + w.columns[b] * bytes, (const char*)w.values + (b * w.r + o % w.r) * bytes,
+             Bytes ? Bytes : (size_t)bytes);
+  }
+}
+
+void expand_blocks(const Matrix& w, int64_t begin, int64_t end, char* out) {
+  const int64_t bytes = w.c * element_size(w.dtype);
+  if (bytes == 32) return copy_blocks<32>(w, begin, end, out);
+  if (bytes == 64) return copy_blocks<64>(w, begin, end, out);
+  if (bytes == 128) return copy_blocks<128>(w, begin, end, out);
+  copy_blocks<0>(w, begin, end, out);
 }
 
 void run_piece(Job& job, int64_t begin, int64_t end) {

@@ -25,27 +25,30 @@ struct Portable {
   static constexpr int kDotRows = 4, kTileRows = 4, kTileSums = 16;
   static constexpr bool kPairs = false;
 
-  // Sums of one word first, then of the words: two levels keep the rounding error near that of a vector sum.
+  // Sums of 16 columns first, then of those: short sums keep the rounding error near that of a vector kernel.
   template <class T, int M, int N>
-  static void dot(const T* const* values, const uint8_t* mask, int64_t, const float* x, int64_t stride, int64_t I,
-                  float (*sums)[N]) {
+  static void dot(const T* const* values, int64_t, const uint8_t* mask, int64_t, const float* x, int64_t stride,
+                  int64_t I, float (*sums)[N]) {
     const T* p = values[0];
-    float total[N] = {};
+    float total[4][N] = {};
     for (int64_t j = 0; 64 * j < I; ++j) {
-      float part[N] = {};
-      for (uint64_t word = mask_word(mask, j, I); word; word &= word - 1) {
-        const float value = widen(*p++);
-        const float* column = x + 64 * j + lowest_bit(word);
-        for (int n = 0; n < N; ++n) part[n] += value * column[n * stride];
+      const uint64_t word = mask_word(mask, j, I);
+      for (int g = 0; g < 4; ++g) {
+        float part[N] = {};
+        for (uint64_t bits = (word >> (16 * g)) & 0xffff; bits; bits &= bits - 1) {
+          const float value = widen(*p++);
+          const float* column = x + 64 * j + 16 * g + lowest_bit(bits);
+          for (int n = 0; n < N; ++n) part[n] += value * column[n * stride];
+        }
+        for (int n = 0; n < N; ++n) total[g][n] += part[n];
       }
-      for (int n = 0; n < N; ++n) total[n] += part[n];
     }
-    for (int n = 0; n < N; ++n) sums[0][n] = total[n];
+    for (int n = 0; n < N; ++n) sums[0][n] = (total[0][n] + total[1][n]) + (total[2][n] + total[3][n]);
   }
 
   template <class T, int M, int N>
   static void tile(const T* values, const int32_t* columns, int64_t begin, int64_t end, int64_t r, int64_t c,
-                   const float* x, int64_t stride, float (*sums)[N]) {
+                   int64_t, const float* x, int64_t stride, float (*sums)[N]) {
     memset(sums, 0, sizeof(float) * M * N);
     for (int64_t b = begin; b < end; ++b)
       for (int m = 0; m < M; ++m) {
