@@ -418,7 +418,9 @@ def staged(path: str | Path, overwrite: bool) -> Iterator[Path]:
         yield partial
         move_into_place(partial, path)
     except OSError as error:
-        raise PumiceError(f"out={str(path)!r} cannot be written ({error.strerror}): free some space or change out.") from error
+        raise PumiceError(
+            f"out={str(path)!r} cannot be written ({error.strerror}): free some space or change out."
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
