@@ -25,9 +25,11 @@ class Option:
 
     def coerce(self, value: Any, owner: str) -> Any:
         """`value` as this option's type (text from the command line included); PumiceError when it is not one."""
-        if value is None or not isinstance(self.type, type):
+        if not isinstance(self.type, type) or (value is None and self.default is None):
             return value
         try:
+            if value is None:
+                raise TypeError
             if self.type is bool and isinstance(value, str):
                 return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[value.lower()]
             if self.type in (int, float) and isinstance(value, bool):
@@ -35,7 +37,7 @@ class Option:
             if self.type is int and float(value) != int(float(value)):
                 raise ValueError
             return self.type(value)
-        except (TypeError, ValueError, KeyError):
+        except (TypeError, ValueError, KeyError, OverflowError):
             kind = self.type.__name__
             raise PumiceError(f"option {self.name}={value!r} of {owner} must be of type {kind}.") from None
 
@@ -184,9 +186,11 @@ class Family:
         return [self._members[name] for name in sorted(self._members)]
 
     def bind(self, spec: str | Mapping[str, Any]) -> Bound:
-        """`"owl"` or `{"name": "owl", "lam": 0.1}` as a bound method."""
+        """`"owl"` or `{"name": "owl", "lam": 0.1}` as a bound method; PumiceError for anything else."""
         if isinstance(spec, str):
             return self.get(spec).bind()
+        if not isinstance(spec, Mapping):
+            raise PumiceError(f"{self.name}={spec!r} is no method: write its name, or {{name: METHOD, option: value}}.")
         options = dict(spec)
         if "name" not in options:
             raise PumiceError(f"{self.name}={dict(spec)!r} has no 'name': write {{name: METHOD, option: value}}.")

@@ -26,8 +26,8 @@ def keep_count(total: int, density: float) -> int:
     """How many of `total` candidates a density keeps."""
     if total == 0:
         return 0
-    # The small number undoes float error: 10 * (1 - 0.7) must count as 3, not 2.
-    return max(1, total - math.floor(total * (1 - density) + 1e-9))
+    # The small number undoes float error, which grows with the total: 10 * (1 - 0.7) must count as 3, not 2.
+    return max(1, total - math.floor(total * (1 - density) + 1e-9 + total * 4e-16))
 
 
 def _check(scores: Tensor) -> None:
