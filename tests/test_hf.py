@@ -96,7 +96,9 @@ def test_reloads_to_the_same_weights_and_logits(name, tmp_path):
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     sparse = {n for n, m in back.named_modules() if isinstance(m, SparseModule)}
-    replaceable = {v.module_name for v in find_views(model, ignore=()) if v.expert is None}
+    replaceable = {
+        v.module_name for v in find_views(model, ignore=()) if v.expert is None and v.module_name[-3:] != ".wo"
+    }
     assert sparse == replaceable
     layers = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["layers"]
     expanded = {key.rpartition(".")[2] for key, entry in layers.items() if entry["kind"] == "tensor"}
@@ -148,8 +150,8 @@ def test_t5_keeps_what_it_wants_in_float32(tmp_path):
     save(make("t5"), tmp_path / "out")
     back = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float16)
     wo = back.encoder.block[0].layer[1].DenseReluDense.wo
-    assert isinstance(wo, SparseLinear)
-    assert wo.values.dtype == torch.float32
+    assert type(wo) is torch.nn.Linear, "T5 looks at wo.weight.dtype in every call"
+    assert wo.weight.dtype == torch.float32
     assert back.encoder.block[0].layer[0].SelfAttention.q.values.dtype == torch.float16
 
 

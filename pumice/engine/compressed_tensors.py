@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pumice.core.errors import PumiceError
 from pumice.engine.writer import join
 from pumice.weights.layouts.base import pack_smallest, unpack_bits
-from pumice.weights.modules import replace_module, sparse_twin
+from pumice.weights.modules import reads_weight, replace_module, sparse_twin
 
 FORMATS = ("sparse-bitmask", "sparse-24-bitmask")
 _PARTS = ("compressed", "bitmask", "shape", "row_offsets")
@@ -126,13 +126,14 @@ def load(path: str | Path, *, into: nn.Module | None = None, device: str | torch
     model = _build(config, dense, str(path)) if into is None else _fill(into, dense, str(path))
     modules = dict(model.named_modules())
     for name in sparse:
-        module = modules.get(name.removesuffix(".weight"))
-        twin = sparse_twin(module) if module is not None else None
+        stem = name.removesuffix(".weight")
+        module = modules.get(stem)
+        twin = sparse_twin(module) if module is not None and not reads_weight(model, stem) else None
         if module is not None and twin is not None:
             weight = module.get_parameter("weight").detach()
             w_OI = weight.t() if type(module).__name__ == "Conv1D" else weight.flatten(1)
             packed = pack_smallest(w_OI)
-            model = replace_module(model, name.removesuffix(".weight"), twin.from_module(module, packed))
+            model = replace_module(model, stem, twin.from_module(module, packed))
     return model.to(device)
 
 

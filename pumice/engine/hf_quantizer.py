@@ -18,7 +18,7 @@ from pumice.core.errors import PumiceError
 from pumice.engine.store import check_version
 from pumice.engine.writer import FORMAT_VERSION, check_file, join, restore_entry, weights_of
 from pumice.weights.layouts.base import Packed, shape_text, validate
-from pumice.weights.modules import SparseModule, densify, replace_module, sparse_twin
+from pumice.weights.modules import SparseModule, densify, reads_weight, replace_module, sparse_twin
 
 
 class PumiceConfig(QuantizationConfigMixin):
@@ -51,9 +51,6 @@ class PumiceConfig(QuantizationConfigMixin):
 class Expand(ConversionOps):
     """Loading operation: the tensors of one stored matrix become the dense parameter they stand for."""
 
-    # Tells Transformers not to cast the stored tensors before they get here.
-    hf_quantizer = True
-
     def __init__(self, names: Mapping[str, str], entry: Mapping[str, Any]) -> None:
         self.names, self.entry = dict(names), dict(entry)
 
@@ -61,13 +58,14 @@ class Expand(ConversionOps):
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, Any]:
         del source_patterns, target_patterns
-        name, model = kwargs["full_layer_name"], kwargs["model"]
+        name = kwargs["full_layer_name"]
         packed = Packed.empty(self.entry)
         for pattern, found in input_dict.items():
             packed.tensors[self.names[pattern]] = found[0] if isinstance(found, list) else found
+        # Transformers has cast the values already, to the dtype that it wants for this parameter.
+        packed.dtype = packed.tensors[packed.value_name].dtype
         validate(packed, name)
-        dense = restore_entry(packed, self.entry)
-        return {name: dense.to(model.get_parameter_or_buffer(name).dtype)}
+        return {name: restore_entry(packed, self.entry)}
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -77,7 +75,8 @@ class Expand(ConversionOps):
 class PumiceHfQuantizer(HfQuantizer):
     """Swaps sparse modules into the empty model before its weights are read.
 
-    Weights that no sparse module can hold (fused experts, 1-D convolutions) are expanded while they are read.
+    Weights that no sparse module can hold (fused experts, 1-D convolutions), or that the model itself looks at in every
+    call (T5's `wo`), are expanded while they are read.
     """
 
     # True would be refused by Transformers in words that name no remedy, before `validate_environment`.
@@ -105,7 +104,7 @@ class PumiceHfQuantizer(HfQuantizer):
         for key, entry in self.stored.layers.items():
             name = self._name_in(model, modules, key)
             module = modules.get(name) if entry["kind"] != "tensor" else None
-            twin = sparse_twin(module) if module is not None else None
+            twin = sparse_twin(module) if module is not None and not reads_weight(model, name) else None
             if module is None or twin is None:
                 self._expanded[key] = entry
                 continue

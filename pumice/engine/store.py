@@ -18,7 +18,7 @@ from pumice.core.errors import PumiceError
 from pumice.engine import compressed_tensors
 from pumice.engine.writer import FORMAT_VERSION, INDEX, Writer, check_file, join, restore_entry
 from pumice.weights.layouts.base import Packed, dtype_name, shape_text, validate
-from pumice.weights.modules import SparseModule, densify, replace_module, sparse_twin
+from pumice.weights.modules import SparseModule, densify, reads_weight, replace_module, sparse_twin
 from pumice.weights.patterns.base import Pattern, parse
 
 __all__ = ["Writer", "load", "model_config", "read_config", "save", "tied_parameters"]
@@ -229,7 +229,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], stored: Mapping[str, Any
     for key, entry in stored["layers"].items():
         packed = take_packed(tensors, key, entry, where)
         module = modules.get(key) if entry["kind"] != "tensor" else None
-        twin = sparse_twin(module) if module is not None else None
+        twin = sparse_twin(module) if module is not None and not reads_weight(model, key) else None
         if module is None or twin is None:
             # No sparse module can stand here, so the weight is written out.
             name = key if entry["kind"] == "tensor" else join(key, "weight")

@@ -5,8 +5,11 @@ Shapes: B batch, R rows of x, O outputs, I inputs (kernel positions included).
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, ClassVar, cast
 
 import torch
@@ -136,7 +139,12 @@ class SparseModule(nn.Module):
             return self._other_dtype(x)
         if len(shape) == 2:
             return (bound.runs.get(shape[0]) or self._run_for(shape[0]))(x)
-        rows = x.numel() // i if i else shape[:-1].numel()
+        if len(shape) == 3:
+            # What language models call; slicing shapes would take a microsecond.
+            batch, tokens, _ = shape
+            rows = batch * tokens
+            return (bound.runs.get(rows) or self._run_for(rows))(x.reshape(rows, i)).view(batch, tokens, o)
+        rows = shape[:-1].numel()
         run = bound.runs.get(rows) or self._run_for(rows)
         return run(x.reshape(rows, i)).view(*shape[:-1], o)
 
@@ -368,6 +376,27 @@ def sparse_twin(module: nn.Module) -> type[SparseLinear] | type[SparseConv2d] | 
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return SparseLinear
     return SparseConv2d if type(module) is nn.Conv2d else None
+
+
+@cache
+def _forward_source(cls: type[nn.Module]) -> str:
+    try:
+        return inspect.getsource(cls.forward)
+    except (OSError, TypeError):
+        return ""
+
+
+def reads_weight(model: nn.Module, name: str) -> bool:
+    """Whether the parent of a layer looks at the layer's weight at every call, as T5 does at `self.wo.weight.dtype`.
+
+    A sparse module would unpack its weight each time, so such a layer is better left dense in memory. Told from the
+    source of the parent's `forward`; where there is none the answer is no.
+    """
+    parent, _, leaf = name.rpartition(".")
+    if not leaf or leaf.isdigit():
+        return False
+    source = _forward_source(type(model.get_submodule(parent)))
+    return re.search(rf"\bself\.{re.escape(leaf)}\.weight\b", source) is not None
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> nn.Module:

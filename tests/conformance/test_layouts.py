@@ -65,7 +65,7 @@ def test_round_trip_is_exact_and_size_is_known_beforehand(name, dtype):
         accepted += 1
         packed = pack(w, name, **params)
         back = unpack(packed)
-        assert back.dtype == dtype and back.shape == w.shape, what
+        assert (back.dtype, back.shape) == (dtype, w.shape), what
         assert torch.allclose(back, w, rtol=0, atol=0, equal_nan=True), what
         assert packed.nbytes == cls.stored_bytes(w, **params), what
         assert sum(t.is_floating_point() for t in packed.tensors.values()) == 1
