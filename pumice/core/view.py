@@ -107,6 +107,13 @@ def module_views(name: str, module: nn.Module) -> list[WeightView]:
     ]
 
 
+def _regular_expression(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern[3:])
+    except re.error as error:
+        raise PumiceError(f"pattern {pattern!r} is no regular expression: {error}.") from None
+
+
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Whether a dotted module name fits one of the patterns.
 
@@ -117,41 +124,46 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
     candidates = {name, *parts, *(".".join(parts[i:]) for i in range(len(parts)))}
     for wanted in patterns:
         if wanted.startswith("re:"):
-            if re.search(wanted[3:], name):
+            if _regular_expression(wanted).search(name):
                 return True
         elif any(fnmatch.fnmatchcase(candidate, wanted) for candidate in candidates):
             return True
     return False
 
 
+def _identity(view: WeightView) -> tuple[int, int | None]:
+    return id(view.tensor), view.expert
+
+
 def find_views(
-    model: nn.Module, targets: Iterable[str] | None = None, ignore: Iterable[str] = DEFAULT_IGNORE
+    model: nn.Module, targets: Iterable[str] | str | None = None, ignore: Iterable[str] | str = DEFAULT_IGNORE
 ) -> list[WeightView]:
     """Every prunable weight of a model, tied weights once, in module order.
 
     Args:
         model: any module.
-        targets: patterns of module names to prune (see `matches`); None means all.
-        ignore: patterns of module names to leave dense; wins over `targets`.
+        targets: patterns of module names to prune (see `matches`), or one; None means all.
+        ignore: patterns of module names to leave dense, or one; wins over `targets`, also for weights tied to them.
 
     Raises:
         PumiceError: nothing is left to prune, or a target pattern fits no prunable layer.
     """
     found: list[WeightView] = []
-    seen: set[tuple[int, int | None]] = set()
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    wanted, left = list(targets) if targets is not None else None, list(ignore)
-    names: list[str] = []
-    for name, module in model.named_modules():
-        views = module_views(name, module)
-        names += [name] if views else []
-        if not views or (wanted is not None and not matches(name, wanted)) or matches(name, left):
+    # A lone text is one pattern, not a sequence of letters.
+    wanted = [targets] if isinstance(targets, str) else None if targets is None else list(targets)
+    left = [ignore] if isinstance(ignore, str) else list(ignore)
+    by_module = {name: module_views(name, module) for name, module in model.named_modules()}
+    names = [name for name, views in by_module.items() if views]
+    # A weight that is tied to an ignored layer would change that layer too.
+    seen = {_identity(view) for name in names if matches(name, left) for view in by_module[name]}
+    for name in names:
+        if wanted is not None and not matches(name, wanted):
             continue
-        for view in views:
-            identity = (id(view.tensor), view.expert)
-            if identity in seen or (id(view.tensor) in embeddings and wanted is None):
+        for view in by_module[name]:
+            if _identity(view) in seen or (id(view.tensor) in embeddings and wanted is None):
                 continue
-            seen.add(identity)
+            seen.add(_identity(view))
             found.append(view)
     for pattern in wanted or ():
         if not any(matches(name, [pattern]) for name in names):

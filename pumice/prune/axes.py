@@ -69,8 +69,8 @@ class Axes:
             share,
             legal,
             legal.density(density),
-            tuple(targets) if targets is not None else None,
-            tuple(ignore),
+            (targets,) if isinstance(targets, str) else None if targets is None else tuple(targets),
+            (ignore,) if isinstance(ignore, str) else tuple(ignore),
             name or scorer.name,
             key,
         )
