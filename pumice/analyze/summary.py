@@ -1,0 +1,225 @@
+"""The summary table: dense beside sparse, and plainly who is ahead in each row. HTML and terminal show the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pumice.analyze.record import Column, Run
+
+EQUAL = 0.01
+"""Relative difference below which nobody is ahead: medians repeat no better than this."""
+
+
+@dataclass
+class Cell:
+    """One number as text, what it is against dense as text, and who is ahead: "sparse", "dense", "equal" or ""."""
+
+    text: str
+    against: str = ""
+    ahead: str = ""
+
+
+@dataclass
+class Row:
+    """One measure over all columns."""
+
+    group: str
+    label: str
+    cells: list[Cell]
+
+
+@dataclass
+class Table:
+    """The whole summary; column `i` is compared with column `baseline[i]`."""
+
+    columns: list[str]
+    baseline: list[int]
+    rows: list[Row]
+
+    @property
+    def dense_wins(self) -> list[tuple[str, str]]:
+        """(column, measure) of every comparison that dense wins."""
+        return [
+            (self.columns[i], row.label)
+            for row in self.rows
+            for i, cell in enumerate(row.cells)
+            if cell.ahead == "dense"
+        ]
+
+
+@dataclass(frozen=True)
+class _Measure:
+    group: str
+    label: str
+    read: Callable[[Column], float | None]
+    show: Callable[[float], str]
+    better: int
+    """+1 where more is better, −1 where less is, 0 where the number is no contest (agreement with dense itself)."""
+
+
+def size_text(count: float) -> str:
+    """Bytes in the largest decimal unit that keeps a digit before the point: 98,200,000 as "98.2 MB"."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}" if count < 1000 * scale else f"{count / scale:,.0f} {unit}"
+    return f"{count:.0f} B"
+
+
+def number(value: float) -> str:
+    """Three significant digits, thousands separated, no exponent below a billion."""
+    if abs(value) >= 1e9:
+        return f"{value:.2e}"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _measures(columns: Sequence[Column]) -> list[_Measure]:
+    """The rows that any column has a number for."""
+    lengths = sorted({column.seqlen for column in columns if column.seqlen})
+    tokens = f" ({'/'.join(map(str, lengths))}-token windows)" if lengths else ""
+    found = [
+        _Measure("Quality", f"Perplexity{tokens}", lambda c: c.perplexity, lambda v: f"{v:,.2f}", -1),
+        _Measure("Quality", "Same next token as dense", lambda c: c.top1, percent, 0),
+        _Measure("Quality", "KL from dense, nats", lambda c: c.kl, lambda v: f"{v:.3f}", 0),
+        _Measure("Quality", "Cosine with dense embeddings", lambda c: c.cosine, lambda v: f"{v:.3f}", 0),
+        _Measure("Quality", "Top-1 accuracy", lambda c: c.accuracy, percent, 1),
+        _Measure("Quality", "Retrieval nDCG@10", lambda c: c.retrieval, lambda v: f"{v:.3f}", 1),
+    ]
+    for task in sorted({name for column in columns for name in column.tasks}):
+        found.append(_Measure("Quality", f"{task} accuracy", _task(task), percent, 1))
+    found.append(_Measure("Size", "On disk", lambda c: c.disk_bytes, size_text, -1))
+    found.append(_Measure("Size", "In memory", lambda c: c.memory_bytes, size_text, -1))
+    for batch in sorted({speed.batch for column in columns for speed in column.speed}):
+        for kind, unit in (("prefill", "tokens/s"), ("decode", "tokens/s"), ("forward", "examples/s")):
+            label = f"{kind.capitalize()}, batch {batch}, {unit}"
+            found.append(_Measure("Speed", label, _speed(batch, kind), number, 1))
+    return [measure for measure in found if any(measure.read(column) is not None for column in columns)]
+
+
+def _task(name: str) -> Callable[[Column], float | None]:
+    def read(column: Column) -> float | None:
+        scores = column.tasks.get(name, {})
+        value = scores.get("acc_norm", scores.get("acc"))
+        return None if value is None else float(value)
+
+    return read
+
+
+def _speed(batch: int, kind: str) -> Callable[[Column], float | None]:
+    return lambda column: next((getattr(speed, kind) for speed in column.speed if speed.batch == batch), None)
+
+
+def _cell(measure: _Measure, column: Column, dense: Column) -> Cell:
+    value = measure.read(column)
+    if value is None:
+        return Cell("–")
+    text = measure.show(value)
+    theirs = measure.read(dense)
+    if column is dense or measure.better == 0 or not theirs:
+        return Cell(text)
+    ratio = value / theirs
+    if abs(ratio - 1) <= EQUAL:
+        return Cell(text, "as dense", "equal")
+    ahead = "sparse" if (ratio > 1) == (measure.better > 0) else "dense"
+    if measure.group == "Speed":
+        return Cell(text, f"{ratio:.2f}×", ahead)
+    if measure.show is percent:
+        return Cell(text, f"{100 * (value - theirs):+.1f} points", ahead)
+    return Cell(text, f"{100 * (ratio - 1):+,.0f} %" if abs(ratio - 1) >= 0.1 else f"{100 * (ratio - 1):+.1f} %", ahead)
+
+
+def summarise(runs: Sequence[Run]) -> Table:
+    """Columns of all runs beside each other; a dense column that two runs share is shown once."""
+    columns: list[Column] = []
+    baseline: list[int] = []
+    names: list[str] = []
+    dense_of: dict[Any, int] = {}
+    several = len(runs) > 1
+    for run in runs:
+        for position, column in enumerate(run.columns):
+            if position == 0:
+                key = (run.model.get("name"), repr(column))
+                if key in dense_of:
+                    continue
+                dense_of[key] = len(columns)
+                different = len({one.model.get("name") for one in runs}) > 1
+                names.append(f"{run.model.get('name', '')} {column.name}" if different else column.name)
+            else:
+                names.append(f"{run.title}: {column.name}" if several and run.title else column.name)
+            columns.append(column)
+            baseline.append(dense_of[(run.model.get("name"), repr(run.columns[0]))])
+    rows = [
+        Row(
+            measure.group,
+            measure.label,
+            [_cell(measure, c, columns[b]) for c, b in zip(columns, baseline, strict=True)],
+        )
+        for measure in _measures(columns)
+    ]
+    return Table(names, baseline, rows)
+
+
+def verdict(run: Run) -> str:
+    """One sentence on what the run cost and gave, dense's wins included; empty without two measured columns."""
+    if len(run.columns) < 2:
+        return ""
+    dense, sparse = run.columns[0], run.columns[-1]
+    parts = []
+    if dense.perplexity and sparse.perplexity:
+        parts.append(f"perplexity goes from {dense.perplexity:,.2f} to {sparse.perplexity:,.2f}")
+    if dense.disk_bytes and sparse.disk_bytes:
+        parts.append(f"{_change(sparse.disk_bytes / dense.disk_bytes, 'smaller', 'larger')} on disk")
+    for kind in ("decode", "prefill", "forward"):
+        ours, theirs = (_speed(1, kind)(column) for column in (sparse, dense))
+        if ours and theirs:
+            ratio = ours / theirs
+            how = "as fast as dense" if abs(ratio - 1) <= EQUAL else f"{ratio:.2f}× the speed of dense"
+            parts.append(f"{kind} at {how}")
+    if not parts:
+        return ""
+    kept = run.prune.get("density")
+    head = f"{percent(kept)} of the weights of the pruned layers kept: " if kept is not None else ""
+    text = head + ", ".join(parts)
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _change(ratio: float, less: str, more: str) -> str:
+    if abs(ratio - 1) < 0.005:
+        return "as large"
+    return f"{100 * abs(1 - ratio):.0f} % {less if ratio < 1 else more}"
+
+
+def packed_groups(packed: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Layers of `pumice.describe` grouped by shape, layout and backend, with the times summed where measured."""
+    groups: dict[Any, dict[str, Any]] = {}
+    for layer in packed:
+        backends = {str(rows): name for rows, name in layer.get("backends", {}).items()}
+        key = (tuple(layer["shape"]), layer["layout"], tuple(sorted(backends.items())))
+        group = groups.setdefault(
+            key,
+            {
+                "shape": layer["shape"],
+                "layout": layer["layout"],
+                "backends": backends,
+                "layers": [],
+                "density": 0.0,
+                "ms": dict.fromkeys(backends, 0.0),
+                "dense_ms": dict.fromkeys(backends, 0.0),
+                "reason": layer.get("reason", ""),
+            },
+        )
+        group["layers"].append(layer["name"])
+        group["density"] += layer["density"]
+        for kind in ("ms", "dense_ms"):
+            for rows, value in layer.get(kind, {}).items():
+                group[kind][str(rows)] = group[kind].get(str(rows), 0.0) + value
+    for group in groups.values():
+        group["density"] /= len(group["layers"])
+    return list(groups.values())
