@@ -25,6 +25,7 @@ MANY_ROWS = 256
 """Rows at which the backend for long prompts is chosen, whatever batches were asked for."""
 COLD_BYTES = 128 << 20
 """Copies of a layer are rotated through this much memory, if the model's own layers are as large together."""
+MAX_COPIES = 512
 MARGIN = 1.03
 """A sparse layout must beat dense by 3 %, or measuring noise would decide."""
 SECONDS_PER_MEASUREMENT = 0.02
@@ -243,7 +244,7 @@ def _measure(packed: Packed, batch: Sequence[int], budget: int) -> _Verdict:
 def _rotation(packed: Packed, backend: dispatch.Backend, x: Tensor, budget: int) -> Callable[[], None]:
     """A call that takes another copy of the layer each time, so that its weights come from memory."""
     # As many copies as the dense model has layers of this size: what the real model rotates through.
-    copies = max(1, min(budget // max(packed.dense_nbytes, 1), 64))
+    copies = max(1, min(budget // max(packed.dense_nbytes, 1), MAX_COPIES))
     runs = [backend.prepare(copy.deepcopy(packed) if i else packed, None) for i in range(copies)]
     state = {"next": 0}
 

@@ -1,0 +1,164 @@
+"""Perplexity after one-shot pruning, every method beside dense and beside what its authors' own code gives.
+
+Protocol (that of the reference numbers): SmolLM2-135M-Instruct, 64 calibration windows of 1024 tokens drawn at random
+from WikiText-2 valid, blocks pruned in order, embeddings, head and norms dense, token perplexity over the first 48
+non-overlapping windows of 1024 tokens of WikiText-2 test. stories15M: 64 windows of 256 tokens from the first half of
+the stories, 192 windows of the second half, BOS before each story. Weights float32; matrix products read bf16 inputs
+and accumulate in float32, in calibration (where Pumice would choose so by itself) and, on SmolLM2, in evaluation.
+
+    python benchmarks/prune_quality.py --shared ../shared            # everything that is not in the results yet
+    python benchmarks/prune_quality.py --shared ../shared --only smollm2 --redo
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import pumice
+from pumice.core.stats import bf16_matmul
+from pumice.engine import data
+from pumice.engine.evaluate import perplexity
+from pumice.engine.models import demo_model, load_model
+from pumice.kernels.features import machine_stamp
+
+RESULTS = Path(__file__).parent / "results" / "prune_quality.json"
+REFERENCE = "the authors' own code on this protocol, as given in the issue that founded this table"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; `reference` is the perplexity of the authors' code."""
+
+    label: str
+    reference: float | None = None
+    density: float | None = None
+    pattern: str | None = None
+    score: Any = None
+    recover: Any = "none"
+    allocation: Any = None
+
+    @property
+    def key(self) -> str:
+        return f"{self.label} @ {self.pattern or self.density}"
+
+
+def rows(table: dict[tuple[float | None, str | None], dict[str, float | None]]) -> list[Row]:
+    """Rows from `{(density, pattern): {label: reference}}`."""
+    made = []
+    for (density, pattern), methods in table.items():
+        for label, reference in methods.items():
+            head, _, tail = label.partition(" + ")
+            allocation = "owl" if head == "owl" else None
+            main = tail if allocation else head
+            score = "obs" if main == "sparsegpt" else main
+            recover = "obs" if main == "sparsegpt" else "dsnot" if tail == "dsnot" else "none"
+            made.append(Row(label, reference, density, pattern, score, recover, allocation))
+    return made
+
+
+SMOLLM2 = rows(
+    {
+        (0.5, None): {"magnitude": 539.0, "wanda": 52.0, "sparsegpt": 42.9, "owl + sparsegpt": None, "wanda + dsnot": None},
+        (0.3, None): {
+            "wanda": 928.0,
+            "owl + wanda": 714.0,
+            "wanda + dsnot": 948.0,
+            "sparsegpt": 180.0,
+            "owl + sparsegpt": None,
+        },
+        (None, "2:4"): {"wanda": 161.0, "sparsegpt": 71.9, "magnitude": None},
+    }
+)
+STORIES = rows(
+    {
+        (0.5, None): {"magnitude": 17.7, "wanda": 10.65, "sparsegpt": 8.46},
+        (0.3, None): {"wanda": 105.0, "owl + wanda": 74.5, "sparsegpt": 45.9, "owl + sparsegpt": 37.5},
+        (None, "2:4"): {"magnitude": 95.0, "wanda": 30.0, "sparsegpt": 16.0},
+        (None, "4:8"): {"magnitude": 36.7, "wanda": 17.6, "sparsegpt": 11.2},
+    }
+)
+
+
+def smollm2(shared: Path) -> tuple[nn.Module, torch.Tensor, torch.Tensor, bool]:
+    """Model, calibration windows, evaluation windows, whether evaluation reads bf16 inputs."""
+    loaded = load_model(demo_model(), dtype=torch.float32)
+    text = shared / "data" / "wikitext2"
+    valid = data.tokenize((text / "wiki.valid.tokens").read_text(), loaded.tokenizer)
+    test = data.tokenize((text / "wiki.test.raw.joined.txt").read_text(), loaded.tokenizer)
+    return loaded.model, data.random_windows(valid, 64, 1024), data.consecutive_windows(test, 1024, 48), True
+
+
+def stories(shared: Path) -> tuple[nn.Module, torch.Tensor, torch.Tensor, bool]:
+    """Likewise for stories15M."""
+    loaded = load_model(shared / "models" / "stories15M-hf", dtype=torch.float32)
+    text = data.load_text(shared / "data" / "lm_text" / "tinystories_sample.txt")
+    first, second = data.halves(text if isinstance(text, list) else [text])
+    calibration = data.windows_from_documents(first, loaded.tokenizer, 64, 256, random=True)
+    return loaded.model, calibration, data.windows_from_documents(second, loaded.tokenizer, 192, 256), False
+
+
+MODELS: dict[str, tuple[Callable[[Path], Any], list[Row]]] = {"stories15m": (stories, STORIES), "smollm2-135m": (smollm2, SMOLLM2)}
+
+
+def judge(model: nn.Module, windows: torch.Tensor, bf16: bool) -> float:
+    with bf16_matmul(bf16):
+        return perplexity(model, windows)
+
+
+def run(name: str, shared: Path, results: dict[str, Any], redo: bool, match: str) -> None:
+    """Measure every missing row of one model and write the file after each."""
+    load, wanted = MODELS[name]
+    missing = [row for row in wanted if match in row.key and (redo or row.key not in results.get(name, {}))]
+    if not missing:
+        return
+    dense, calibration, evaluation, bf16 = load(shared)
+    table = results.setdefault(name, {})
+    if redo or "dense" not in table:
+        table["dense"] = {"perplexity": judge(dense, evaluation, bf16), "machine": machine_stamp()}
+        print(name, "dense", table["dense"]["perplexity"], flush=True)
+    for row in missing:
+        model = copy.deepcopy(dense)
+        axes = {k: getattr(row, k) for k in ("score", "recover", "allocation", "pattern", "density")}
+        start = time.perf_counter()
+        result = pumice.prune(model, row.score, data=calibration, compute="bfloat16" if bf16 else "float32", **axes)
+        seconds = time.perf_counter() - start
+        table[row.key] = {
+            "method": row.label,
+            "recipe": result.recipe,
+            "perplexity": judge(model, evaluation, bf16),
+            "authors": row.reference,
+            "density": result.density,
+            "seconds": round(seconds, 1),
+            "peak_memory_bytes": result.peak_memory_bytes,
+            "machine": machine_stamp(),
+        }
+        print(name, row.key, {k: table[row.key][k] for k in ("perplexity", "authors", "seconds")}, flush=True)
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps({**results, "protocol": __doc__, "authors": REFERENCE}, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", type=Path, required=True, help="folder with data/ and models/")
+    parser.add_argument("--only", default="", help="models whose name contains this")
+    parser.add_argument("--match", default="", help="rows whose name contains this")
+    parser.add_argument("--redo", action="store_true", help="measure again what is in the results already")
+    args = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in MODELS:
+        if args.only in name:
+            run(name, args.shared, results, args.redo, args.match)
+
+
+if __name__ == "__main__":
+    main()
