@@ -95,9 +95,11 @@ class Accumulator:
         x = x_GTI.float()
         self.count += x.shape[1]
         if "square" in self.sums:
-            self.sums["square"] += x.square().sum(1)
+            # Float32 squares would leave nothing of a small variance beside a large mean.
+            squares = x.double().square() if "input_var" in self.needs else x.square()
+            self.sums["square"] += squares.sum(1)
         if "sum" in self.sums:
-            self.sums["sum"] += x.sum(1)
+            self.sums["sum"] += x.sum(1, dtype=torch.float64)
         for group in range(self.groups if "gram" in self.sums else 0):
             add_gram(self.sums["gram"][group], x[group])
         if self.needs & {"input", "output"} and x.shape[1]:
@@ -125,28 +127,33 @@ class Accumulator:
 
 
 def _pair(value: int | Sequence[int]) -> tuple[int, ...]:
-    return (value, value) if isinstance(value, int) else tuple(value)
+    return (value, value) if isinstance(value, int) else tuple(value) * (2 // len(value))
 
 
-def _conv_inputs(x: Tensor, weight: Tensor, call: Sequence[Any], named: Mapping[str, Any]) -> Tensor:
-    """The rows that a convolution multiplies its kernel with, [G, T, I]."""
+def _conv_arguments(call: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that decides which rows a convolution makes of its input, beside the kernel's extent."""
     keys = ("bias", "stride", "padding", "dilation", "groups")
-    args = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, **dict(zip(keys, call, strict=False)), **named}
+    given = {**dict(zip(keys, call, strict=False)), **named}
+    neutral = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    return {key: given.get(key, value) for key, value in neutral.items()}
+
+
+def _conv_inputs(x: Tensor, weight: Tensor, args: dict[str, Any]) -> Tensor:
+    """The rows that a convolution multiplies its kernel with, [G, T, I]."""
     if weight.dim() == 3:
         x, weight = x.unsqueeze(-2), weight.unsqueeze(-2)
+        args = dict(args)
         for key, neutral in (("stride", 1), ("padding", 0), ("dilation", 1)):
             if not isinstance(args[key], str):
-                args[key] = (neutral, *_pair(args[key])[:1])
+                args[key] = (neutral, _pair(args[key])[0])
     if x.dim() == 3:
         x = x.unsqueeze(0)
-    kernel, dilation = tuple(weight.shape[2:]), _pair(args["dilation"])
+    kernel, dilation, stride = tuple(weight.shape[2:]), _pair(args["dilation"]), _pair(args["stride"])
     padding = args["padding"]
     if padding == "same":
         total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         x = F.pad(x, (total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2))
-    columns = F.unfold(
-        x.float(), kernel, dilation, 0 if isinstance(padding, str) else _pair(padding), _pair(args["stride"])
-    )
+    columns = F.unfold(x.float(), kernel, dilation, 0 if isinstance(padding, str) else _pair(padding), stride)
     return columns.unflatten(1, (args["groups"], -1)).permute(1, 0, 3, 2).flatten(1, 2)
 
 
@@ -154,24 +161,40 @@ class EndOfPass(Exception):
     """Ends a forward pass whose rest is not needed; caught by the stream, never seen outside `core`."""
 
 
+@dataclass
+class _Seen:
+    """A tensor that some layers of this batch read; it is held, or its id could come back as another tensor's."""
+
+    tensor: Tensor
+    accumulator: Accumulator
+    readers: set[str]
+
+
 class Capture(TorchFunctionMode):
     """Sees every linear map of a forward pass and feeds the inputs of the wanted weights to accumulators.
 
     Looking at the call (`linear`, `conv`, `addmm`, `matmul`) instead of the module finds the true input even where a
     module pads it, transposes its weight, or picks one expert out of a fused tensor. Layers that read one and the same
-    tensor share an accumulator: q, k and v need one Hessian, not three.
+    tensor share an accumulator: q, k and v need one Hessian, not three. Should such layers turn out to read different
+    tensors as well, `diverged` is true and the statistics have to be taken again with `share=False`.
+
+    A pass is ended as soon as every weight has been used, unless the first pass used one of them twice.
     """
 
-    def __init__(self, views: Sequence[WeightView], needs: frozenset[str], *, batches: int, bf16: bool = False) -> None:
+    def __init__(
+        self, views: Sequence[WeightView], needs: frozenset[str], *, batches: int, bf16: bool = False, share: bool = True
+    ) -> None:
         super().__init__()
-        self.views, self.needs, self.bf16 = list(views), needs, bf16
+        self.views, self.needs, self.bf16, self.share = list(views), needs, bf16, share
         self.rows_per_batch = max(1, -(-SAMPLE_ROWS // max(1, batches)))
         self.accumulators: dict[str, Accumulator] = {}
         self.token_mask: Tensor | None = None
-        self.may_end = False
-        self._missing: set[str] = set()
         self._by_pointer = {self._pointer(view): view for view in self.views}
-        self._batch: dict[int, tuple[Tensor, Accumulator]] = {}
+        self._batch: dict[Any, _Seen] = {}
+        self._sharing: dict[int, set[frozenset[str]]] = {}
+        self._calls = 0
+        self._unused: set[str] = set()
+        self._reused = False
 
     @staticmethod
     def _pointer(view: WeightView) -> int:
@@ -179,47 +202,81 @@ class Capture(TorchFunctionMode):
 
     def next_batch(self, token_mask: Tensor | None = None) -> None:
         """Forget which tensors were seen; `token_mask` [B, L] leaves padding out of the statistics."""
+        for seen in self._batch.values():
+            self._sharing.setdefault(id(seen.accumulator), set()).add(frozenset(seen.readers))
         self._batch.clear()
-        self._missing = {view.name for view in self.views}
         self.token_mask = token_mask
+
+    def next_call(self) -> None:
+        """A batch may take several calls of the module; this begins one."""
+        self._calls += 1
+        self._unused = {view.name for view in self.views}
+
+    @property
+    def diverged(self) -> bool:
+        """Whether layers that shared an accumulator did not always read the same tensor."""
+        self.next_batch()
+        return any(len(groups) > 1 for groups in self._sharing.values())
 
     def __torch_function__(self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        where = _OPERANDS.get(func)
-        if where is not None and len(args) > max(where) and isinstance(args[where[1]], Tensor):
-            view = self._by_pointer.get(args[where[1]].data_ptr())
-            if view is not None:
-                self._record(view, func, args[where[0]], args, kwargs)
-                self._missing.discard(view.name)
-                if self.may_end and not self._missing:
-                    # Every input has been seen, so what follows (the last and often widest product) is not needed.
-                    raise EndOfPass
+        if func is F.multi_head_attention_forward:
+            self._record_attention(args, kwargs)
+        elif func in _OPERANDS:
+            x, weight = (args[at] if at < len(args) else kwargs.get(name) for at, name in _OPERANDS[func])
+            if isinstance(weight, Tensor) and isinstance(x, Tensor) and weight.data_ptr() in self._by_pointer:
+                conv = _conv_arguments(args[2:], kwargs) if func in _CONVOLUTIONS else None
+                self._use(self._by_pointer[weight.data_ptr()], x, weight, conv)
         return func(*args, **kwargs)
 
-    def _record(self, view: WeightView, func: Callable, x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        seen = self._batch.get(id(x))
+    def _record_attention(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """`nn.MultiheadAttention` hides its output projection; with an identity in its place its input comes out."""
+        view = self._by_pointer.get(args[11].data_ptr()) if len(args) > 12 else None
+        if view is not None:
+            eye = torch.eye(view.shape_OI[1], dtype=args[11].dtype, device=args[11].device)
+            swapped = [*args]
+            swapped[11:13] = [eye, None]
+            x = F.multi_head_attention_forward(*swapped, **kwargs)[0]
+            self._use(view, x.transpose(0, 1) if x.dim() == 3 else x, args[11], None)
+
+    def _use(self, view: WeightView, x: Tensor, weight: Tensor, conv: dict[str, Any] | None) -> None:
+        self._record(view, x, weight, conv)
+        if self._calls == 1:
+            self._reused |= view.name not in self._unused
+        self._unused.discard(view.name)
+        if self._calls > 1 and not self._reused and not self._unused:
+            # Every input has been seen, so what follows (the last and often widest product) is not needed.
+            raise EndOfPass
+
+    def _record(self, view: WeightView, x: Tensor, weight: Tensor, conv: dict[str, Any] | None) -> None:
+        # The version tells a tensor from the same one after a change in place; other kernels read other rows of it.
+        version = 0 if x.is_inference() else x._version
+        key = (id(x), version, None if conv is None else (weight.shape[2:], str(conv)))
+        seen = self._batch.get(key) if self.share and not x.is_inference() else None
         known = self.accumulators.get(view.name)
-        if seen is not None and (known is None or known is seen[1]):
-            self.accumulators[view.name] = seen[1]
+        if seen is not None and (known is None or known is seen.accumulator) and view.name not in seen.readers:
+            self.accumulators[view.name] = seen.accumulator
+            seen.readers.add(view.name)
             return
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False), bf16_matmul(self.bf16):
-            if func in _CONVOLUTIONS:
-                rows = _conv_inputs(x.detach(), args[1], args[2:], kwargs)
-            else:
-                rows = self._without_padding(x.detach())[None]
+            rows = self._without_padding(x.detach())[None] if conv is None else _conv_inputs(x.detach(), weight, conv)
             if known is None:
                 width = view.shape_OI[1]
                 known = Accumulator(self.needs, rows.shape[0], width, x.device, self.rows_per_batch)
                 self.accumulators[view.name] = known
             known.update(rows)
-        # The tensor is held until the next batch, or its id could come back as another tensor's.
-        self._batch[id(x)] = (x, known)
+        if seen is None:
+            self._batch[key] = _Seen(x, known, {view.name})
+        else:
+            self._sharing.setdefault(id(known), set()).add(frozenset({view.name}))
 
     def _without_padding(self, x: Tensor) -> Tensor:
         mask = self.token_mask
         if mask is not None and x.dim() > 2 and x.shape[:2] == mask.shape:
             return x[mask.bool()]
-        return x.reshape(-1, x.shape[-1])
+        x = x.reshape(-1, x.shape[-1])
+        # Some layers flatten their tokens first.
+        return x[mask.flatten().bool()] if mask is not None and len(x) == mask.numel() else x
 
     def finish(self) -> dict[str, dict[str, Tensor]]:
         """Statistics by view name, each with a leading axis G; views that no token reached are absent.
@@ -233,7 +290,9 @@ class Capture(TorchFunctionMode):
             accumulator = self.accumulators.get(view.name)
             if accumulator is None or accumulator.count == 0:
                 continue
-            stats = done.setdefault(id(accumulator), accumulator.finish())
+            if id(accumulator) not in done:
+                done[id(accumulator)] = accumulator.finish()
+            stats = done[id(accumulator)]
             for name, value in stats.items():
                 if not torch.isfinite(value).all():
                     raise PumiceError(
@@ -241,78 +300,32 @@ class Capture(TorchFunctionMode):
                         "try --dtype float32, or look at the calibration data."
                     )
             out[view.name] = dict(stats)
+            if "output" in self.needs:
+                w_GOI = view.read().unflatten(0, (view.groups, -1))
+                out[view.name]["output"] = stats["input"] @ w_GOI.mT
         return out
 
 
 _CONVOLUTIONS = {torch.conv1d, torch.conv2d}
-_OPERANDS: dict[Any, tuple[int, int]] = {
-    F.linear: (0, 1),
-    torch.conv1d: (0, 1),
-    torch.conv2d: (0, 1),
-    torch.addmm: (1, 2),
-    torch.matmul: (0, 1),
-    torch.mm: (0, 1),
-    Tensor.matmul: (0, 1),
-    Tensor.__matmul__: (0, 1),
+_OPERANDS: dict[Any, tuple[tuple[int, str], tuple[int, str]]] = {
+    F.linear: ((0, "input"), (1, "weight")),
+    torch.conv1d: ((0, "input"), (1, "weight")),
+    torch.conv2d: ((0, "input"), (1, "weight")),
+    torch.addmm: ((1, "mat1"), (2, "mat2")),
+    torch.matmul: ((0, "input"), (1, "other")),
+    torch.mm: ((0, "input"), (1, "mat2")),
+    Tensor.matmul: ((0, "input"), (1, "other")),
+    Tensor.__matmul__: ((0, "input"), (1, "other")),
 }
 
 
-def loss_of(model: nn.Module, batch: Mapping[str, Any], loss: Callable[[nn.Module, Any], Tensor] | None) -> Tensor:
-    """The scalar loss of one batch: `loss(model, batch)` if given, else what the model returns for its labels."""
-    if loss is not None:
-        return loss(model, batch)
-    inputs = dict(batch)
-    if "labels" not in inputs and "input_ids" in inputs:
-        inputs["labels"] = inputs["input_ids"]
-    out = model(**inputs)
-    value = getattr(out, "loss", None)
-    if value is None:
-        raise PumiceError("gradient statistics need a loss: pass loss=f(model, batch), or data whose batches hold labels.")
-    return value
-
-
-def model_stats(
-    model: nn.Module,
-    views: Sequence[WeightView],
-    batches: Iterable[Any],
-    needs: frozenset[str],
-    loss: Callable[[nn.Module, Any], Tensor] | None = None,
-) -> dict[str, dict[str, Tensor]]:
-    """Gradient statistics of every view over the whole model, by view name.
-
-    Takes the memory of the model, its gradients and one more copy of the weights per statistic.
-
-    Raises:
-        PumiceError: no loss can be had, or it is not finite.
-    """
-    # Another view of the same fused tensor needs the same gradient, so sums are kept per parameter.
-    parameters = {id(view.tensor): view.tensor for view in views}
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in parameters)
-    sums = {name: {key: torch.zeros_like(p, dtype=torch.float32) for key, p in parameters.items()} for name in needs}
-    count = 0
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; afterwards every part is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
     try:
-        with torch.enable_grad():
-            for batch in batches:
-                value = loss_of(model, batch, loss)
-                if not torch.isfinite(value):
-                    raise PumiceError(f"calibration: the loss is {value.item()}; look at the calibration data and the weights.")
-                value.backward()
-                count += 1
-                for key, parameter in parameters.items():
-                    if parameter.grad is None:
-                        continue
-                    gradient = parameter.grad.float()
-                    if "gradient" in sums:
-                        sums["gradient"][key] += gradient
-                    if "fisher_diag" in sums:
-                        sums["fisher_diag"][key] += gradient.square()
-                    parameter.grad = None
+        yield
     finally:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(flags[name])
-            parameter.grad = None
-    return {
-        view.name: {name: view.as_matrix(sums[name][id(view.tensor)] / max(count, 1)) for name in needs} for view in views
-    }
+        for module in training:
+            module.training = True

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pumice.core.errors import PumiceError
-from pumice.core.stats import Capture, EndOfPass
+from pumice.core.stats import Capture, EndOfPass, evaluating
 from pumice.core.view import WeightView
 
 
@@ -207,16 +207,14 @@ class Stream:
     @contextmanager
     def _running(self) -> Iterator[None]:
         """Forward passes as calibration wants them: eval mode, no gradients, one expert after the other."""
-        training, config = self.model.training, getattr(self.model, "config", None)
+        config = getattr(self.model, "config", None)
         experts = getattr(config, "_experts_implementation", None)
-        self.model.eval()
         if experts is not None:
             config._experts_implementation = "eager"  # type: ignore[union-attr]
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(self.model):
             try:
                 yield
             finally:
-                self.model.train(training)
                 if experts is not None:
                     config._experts_implementation = experts  # type: ignore[union-attr]
 
@@ -382,17 +380,22 @@ class Stream:
     def _collect(
         self, unit: Unit, calls: list[list[_CallRecord]], hidden: list[list[Tensor]], needs: frozenset[str]
     ) -> dict[str, dict[str, Tensor]]:
-        capture = Capture(unit.views, needs, batches=len(self.batches), bf16=self.compute == torch.bfloat16)
-        with self._precision():
-            for batch, batch_calls, states in zip(self.batches, calls, hidden, strict=True):
-                capture.next_batch(token_mask(batch))
-                for index, (record, state) in enumerate(zip(batch_calls, states, strict=True)):
-                    capture.may_end = index == len(states) - 1
-                    try:
-                        with capture:
-                            record.call(unit.module, state)
-                    except EndOfPass:
-                        continue
+        for share in (True, False):
+            capture = Capture(
+                unit.views, needs, batches=len(self.batches), bf16=self.compute == torch.bfloat16, share=share
+            )
+            with self._precision():
+                for batch, batch_calls, states in zip(self.batches, calls, hidden, strict=True):
+                    capture.next_batch(token_mask(batch))
+                    for record, state in zip(batch_calls, states, strict=True):
+                        capture.next_call()
+                        try:
+                            with capture:
+                                record.call(unit.module, state)
+                        except EndOfPass:
+                            continue
+            if not capture.diverged:
+                break
         return capture.finish()
 
     def _advance(self, unit: Unit, calls: list[list[_CallRecord]], hidden: list[list[Tensor]]) -> None:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from pumice.core import registry
 from pumice.core.errors import PumiceError
+from pumice.core.gradients import model_stats
 from pumice.core.progress import bar
-from pumice.core.stats import Stats, model_stats, split_needs
+from pumice.core.stats import Stats, split_needs
 from pumice.core.stream import Collect, InMemory, Source, Stream, Unit, find_units
 from pumice.core.view import WeightView, find_views
 from pumice.prune.allocate.base import Layers
