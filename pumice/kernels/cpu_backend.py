@@ -37,6 +37,8 @@ DECODE_ROWS = {"bitmask": 16, "block": 64}  # skipping whole blocks saves arithm
 PANEL_BYTES = 4 << 20
 CODES = {torch.bfloat16: 0, torch.float32: 1, torch.float16: 2}
 PRODUCTS = (torch.bfloat16, torch.float32)
+STARTS = "derived_row_starts"
+"""Name under which a bitmask matrix may carry its row starts, where they are known already (never stored)."""
 
 
 def missing() -> str | None:
@@ -107,7 +109,7 @@ def row_starts(bitmask: Tensor, width: int) -> Tensor:
 class Plan:
     """A stored matrix as the kernels take it: addresses checked once, and the tensors that they point into."""
 
-    def __init__(self, packed: Packed, bias: Tensor | None, starts: Tensor | None = None) -> None:
+    def __init__(self, packed: Packed, bias: Tensor | None) -> None:
         if native is None:
             raise PumiceError(f"layout={packed.layout!r} has no C++ kernel here: {missing()}.")
         self.shape, self.dtype = packed.shape, packed.dtype
@@ -118,8 +120,12 @@ class Plan:
         values = stored["values"]
         try:
             if packed.layout == "bitmask":
-                starts = row_starts(stored["bitmask"], packed.shape[1]) if starts is None else starts.contiguous()
-                self.keep.append(starts)
+                starts = stored.get(STARTS)
+                if starts is None:
+                    starts = row_starts(stored["bitmask"], packed.shape[1])
+                    self.keep.append(starts)
+                if starts.shape != (packed.shape[0] + 1,):
+                    raise ValueError(f"row_starts has {starts.numel()} entries for {packed.shape[0]} rows")
                 head = (values.data_ptr(), values.numel(), stored["bitmask"].data_ptr(), starts.data_ptr())
                 self.handle = native.plan_bitmask(*head, *common, CODES[packed.dtype])
             else:
