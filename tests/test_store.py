@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pumice.core.errors import PumiceError
+from pumice.engine import files
 from pumice.engine import writer as writer_module
+from pumice.engine.files import write_safetensors
 from pumice.engine.store import Writer, load, read_config, save
-from pumice.engine.writer import INDEX, write_safetensors
+from pumice.engine.writer import INDEX
 from pumice.weights.modules import SparseConv2d, SparseLinear, SparseModule, densify
 from pumice.weights.patterns.base import parse
 from tests.conformance.test_layouts import half, n_of_m
@@ -181,7 +183,7 @@ def test_existing_folder_is_refused_and_replaced_on_request(tmp_path):
 
 def test_replacing_without_an_exchange_call(tmp_path, monkeypatch):
     path = save(pruned(), tmp_path / "out")
-    monkeypatch.setattr(writer_module, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(files, "_exchange", lambda a, b: False)
     save(pruned(1), path, overwrite=True)
     assert os.listdir(tmp_path) == ["out"]
     assert torch.equal(load(path, into=Net()).full.weight, pruned(1).full.weight)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from pumice.core.errors import PumiceError
+from pumice.engine.files import staged
 from pumice.engine.store import save, save_companions
-from pumice.engine.writer import join, staged
+from pumice.engine.writer import join
 from pumice.weights.modules import SparseModule, densify
 
 FORMATS = ("dense", "onnx")

@@ -15,8 +15,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pumice.core.errors import PumiceError
+from pumice.engine.files import check_file
 from pumice.engine.store import check_version
-from pumice.engine.writer import FORMAT_VERSION, check_file, join, restore_entry, weights_of
+from pumice.engine.writer import FORMAT_VERSION, join, restore_entry, weights_of
 from pumice.weights.layouts.base import Packed, shape_text, validate
 from pumice.weights.modules import SparseModule, densify, reads_weight, replace_module, sparse_twin
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from pumice.core.errors import PumiceError
 from pumice.engine import compressed_tensors
-from pumice.engine.writer import FORMAT_VERSION, INDEX, Writer, check_file, join, restore_entry
+from pumice.engine.files import check_file
+from pumice.engine.writer import FORMAT_VERSION, INDEX, Writer, join, restore_entry
 from pumice.weights.layouts.base import Packed, dtype_name, shape_text, validate
 from pumice.weights.modules import SparseModule, densify, reads_weight, replace_module, sparse_twin
 from pumice.weights.patterns.base import Pattern, parse
