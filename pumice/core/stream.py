@@ -53,19 +53,18 @@ class Unit:
 def _block_lists(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Children of the outermost module lists and sequentials: the blocks."""
 
+    def blocks(prefix: str, container: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        for index, block in container.named_children():
+            # A list of lists cannot be called itself, so the blocks lie deeper.
+            deeper = isinstance(block, nn.ModuleList | nn.ModuleDict)
+            yield from blocks(f"{prefix}{index}.", block) if deeper else [(f"{prefix}{index}", block)]
+
     def walk(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         for name, child in module.named_children():
-            path = f"{prefix}{name}"
-            if isinstance(child, nn.ModuleList | nn.Sequential) and len(child) > 0:
-                for index, block in child.named_children():
-                    yield f"{path}.{index}", block
-            else:
-                yield from walk(f"{path}.", child)
+            inside = blocks if isinstance(child, nn.ModuleList | nn.Sequential) and len(child) > 0 else walk
+            yield from inside(f"{prefix}{name}.", child)
 
-    if isinstance(model, nn.ModuleList | nn.Sequential):
-        yield from model.named_children()
-    else:
-        yield from walk("", model)
+    return (blocks if isinstance(model, nn.ModuleList | nn.Sequential) else walk)("", model)
 
 
 def find_units(model: nn.Module, views: Sequence[WeightView]) -> list[Unit]:
@@ -101,46 +100,66 @@ def _like(output: Any, hidden: Tensor) -> Any:
     return hidden
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, Mapping):
-        for value in values.values():
-            yield from _tensors(value)
-    elif isinstance(values, list | tuple):
+def _leaves(values: Any) -> Iterator[Any]:
+    """Tensors and everything else that is no container, in order."""
+    if isinstance(values, Mapping):
+        values = list(values.values())
+    if isinstance(values, list | tuple):
         for value in values:
-            yield from _tensors(value)
+            yield from _leaves(value)
+    else:
+        yield values
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    return (value for value in _leaves(values) if isinstance(value, Tensor))
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two arguments are equal; objects that are neither tensors nor plain values count as equal."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+    plain = (int, float, str, type(None))
+    return a == b if isinstance(a, plain) or isinstance(b, plain) else True
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts the changes in place; -1 where torch does not count them."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 @dataclass
 class _CallRecord:
-    """Arguments of one call of a unit; `hidden` stands in the place `where` (position 0 or a keyword)."""
+    """Arguments of one call of a unit; `hidden` stands in the place `where` (a position, a keyword, or nowhere)."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    where: int | str
+    where: int | str | None
 
     def hidden(self) -> Tensor:
-        return self.args[0] if isinstance(self.where, int) else self.kwargs[self.where]
+        if self.where is None:
+            return torch.empty(0)
+        return self.args[self.where] if isinstance(self.where, int) else self.kwargs[self.where]
+
+    def with_hidden(self, hidden: Tensor | None) -> _CallRecord:
+        if isinstance(self.where, int):
+            return _CallRecord((*self.args[: self.where], hidden, *self.args[self.where + 1 :]), self.kwargs, self.where)
+        if self.where is None:
+            return self
+        return _CallRecord(self.args, {**self.kwargs, self.where: hidden}, self.where)
 
     def without_hidden(self) -> _CallRecord:
-        if isinstance(self.where, int):
-            return _CallRecord((None, *self.args[1:]), self.kwargs, self.where)
-        return _CallRecord(self.args, {**self.kwargs, self.where: None}, self.where)
+        return self.with_hidden(None)
 
     def call(self, module: nn.Module, hidden: Tensor) -> Any:
-        if isinstance(self.where, int):
-            return module(hidden, *self.args[1:], **self.kwargs)
-        return module(*self.args, **{**self.kwargs, self.where: hidden})
+        whole = self.with_hidden(hidden)
+        return module(*whole.args, **whole.kwargs)
 
 
 def _record(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _CallRecord:
-    if args and isinstance(args[0], Tensor):
-        return _CallRecord(args, dict(kwargs), 0)
-    where = next((key for key, value in kwargs.items() if isinstance(value, Tensor)), None)
-    if where is None:
-        raise PumiceError("a block was called without any tensor; its inputs cannot be followed.")
-    return _CallRecord(args, dict(kwargs), where)
+    position = next((index for index, value in enumerate(args) if isinstance(value, Tensor)), None)
+    keyword = next((key for key, value in kwargs.items() if isinstance(value, Tensor)), None)
+    return _CallRecord(args, dict(kwargs), keyword if position is None else position)
 
 
 @contextmanager
@@ -154,14 +173,15 @@ def _hooks(handles: list[Any]) -> Iterator[None]:
 
 def call_model(model: nn.Module, batch: Any) -> Any:
     """One forward pass: mappings as keywords (without labels), tuples as positions, a tensor alone."""
+    config = getattr(model, "config", None)
+    configs = (config, getattr(config, "text_config", None))
+    # A cache would grow by every replay of a block.
+    more = {"use_cache": False} if any(getattr(c, "use_cache", None) for c in configs) else {}
     if isinstance(batch, Mapping):
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        if getattr(getattr(model, "config", None), "use_cache", None):
-            inputs.setdefault("use_cache", False)
-        return model(**inputs)
+        return model(**{**more, **{key: value for key, value in batch.items() if key != "labels"}})
     if isinstance(batch, list | tuple):
-        return model(*batch)
-    return model(batch)
+        return model(*batch, **more)
+    return model(batch, **more)
 
 
 def token_mask(batch: Any) -> Tensor | None:
@@ -240,7 +260,7 @@ class Stream:
     def _probe(self, units: list[Unit]) -> list[Unit]:
         """Units in the order of execution, with `chained` set, from one pass of the first batch."""
         order: list[Unit] = []
-        outputs: dict[int, tuple[int, bool]] = {}
+        outputs: dict[int, tuple[int, bool, int]] = {}
         self._probed: dict[str, _CallRecord] = {}
         keep: list[Any] = []
         calls: dict[str, int] = {}
@@ -252,7 +272,9 @@ class Stream:
                 rest = record.without_hidden()
                 previous = outputs.get(id(record.hidden()))
                 strangers = any(id(t) in outputs for t in _tensors([rest.args, rest.kwargs]))
-                unit.chained = bool(order) and previous == (len(order) - 1, True) and not strangers
+                # A tensor that was changed in place on its way is not what the unit before returned.
+                handed_on = (len(order) - 1, True, max(0, _version(record.hidden())))
+                unit.chained = bool(order) and previous == handed_on and not strangers
                 if calls[unit.name] == 1:
                     order.append(unit)
                     self._probed[unit.name] = rest
@@ -266,7 +288,7 @@ class Stream:
                 keep.append(output)
                 self._wrapping[unit.name] = _like(output, torch.empty(0))
                 for tensor in _tensors(output):
-                    outputs[id(tensor)] = (order.index(unit), tensor is hidden_of(output))
+                    outputs[id(tensor)] = (order.index(unit), tensor is hidden_of(output), _version(tensor))
 
             return hook
 
@@ -277,11 +299,9 @@ class Stream:
         with _hooks(handles), self._precision():
             call_model(self.model, self.batches[0])
         repeated = {name for name, count in calls.items() if count > 1}
-        for unit, following in zip(order, [*order[1:], None], strict=True):
-            if unit.name in repeated:
-                unit.chained = False
-                if following is not None:
-                    following.chained = False
+        for unit, following in zip(order, order[1:], strict=False):
+            unit.chained &= unit.name not in repeated
+            following.chained &= unit.name not in repeated and self._probed[unit.name].where is not None
         self._repeated = repeated
         return order
 
@@ -290,13 +310,16 @@ class Stream:
         for run in self.segments():
             if len(run) == 1:
                 continue
-            records = self._enter(run, self.batches[0])
+            try:
+                records = self._enter(run, self.batches[0])
+            except Exception:
+                # What the model does between the units does not work on what was passed over.
+                records = {}
             for unit in run[1:]:
-                seen = [r.without_hidden() for r in records[unit.name]]
-                truth = list(_tensors([self._probed[unit.name].args, self._probed[unit.name].kwargs]))
-                found = list(_tensors([seen[0].args, seen[0].kwargs])) if len(seen) == 1 else None
-                same = found is not None and len(found) == len(truth)
-                unit.chained = same and all(torch.equal(a, b) for a, b in zip(found or [], truth, strict=False))
+                seen = [r.without_hidden() for r in records.get(unit.name, [])]
+                truth = list(_leaves([self._probed[unit.name].args, self._probed[unit.name].kwargs]))
+                found = list(_leaves([seen[0].args, seen[0].kwargs])) if len(seen) == 1 else []
+                unit.chained = len(found) == len(truth) and all(map(_same, found, truth))
         self._probed.clear()
 
     def segments(self) -> list[list[Unit]]:
@@ -317,9 +340,10 @@ class Stream:
         def recorder(unit: Unit, true_forward: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 record = _record(args, kwargs)
-                records[unit.name].append(record)
                 if unit.name in self._repeated:
+                    records[unit.name].append(record.with_hidden(record.hidden().clone()))
                     return true_forward(*args, **kwargs)
+                records[unit.name].append(record)
                 if unit is run[-1]:
                     raise EndOfPass
                 return _like(self._wrapping[unit.name], record.hidden())
@@ -391,7 +415,8 @@ class Stream:
                         capture.next_call()
                         try:
                             with capture:
-                                record.call(unit.module, state)
+                                # Some blocks change their input in place, and it is needed again.
+                                record.call(unit.module, state.clone())
                         except EndOfPass:
                             continue
             if not capture.diverged:
