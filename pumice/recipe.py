@@ -245,12 +245,13 @@ def resolve(method: str | Path | Recipe = "auto", **overrides: Any) -> dict[str,
     given = {name: value for name, value in overrides.items() if value is not None}
     if tuple(given.get("ignore", ())) == DEFAULT_IGNORE:
         del given["ignore"]
-    base = recipe.axes()
+    base = {"recover": "none", **recipe.axes()}
     if "pattern" in given and "density" not in given and _fixes_density(given["pattern"]):
         base.pop("density", None)
-    changed = [axis for axis in AXES if axis in given and _spec(given[axis]) != _spec(base.get(axis))]
+    usual = {"allocation": "uniform", **base}
+    changed = [axis for axis in AXES if axis in given and _spec(given[axis]) != _spec(usual[axis])]
     name = " + ".join([recipe.name, *(f"{axis} {_spec(given[axis])['name']}" for axis in changed)])
-    return {"recover": "none", **base, **given, "name": name, "key": None if changed else recipe.key}
+    return {**base, **given, "name": name, "key": None if changed else recipe.key}
 
 
 def _fixes_density(pattern: Any) -> bool:

@@ -9,6 +9,7 @@ import base64
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,3 +87,25 @@ def _weights(model: nn.Module, wanted: set[str]) -> Iterator[tuple[str, Tensor]]
         for view in module_views(name, module):
             if view.name in wanted:
                 yield view.name, view.read()
+
+
+def stored_pictures(folder: str | Path, names: Sequence[str]) -> list[Mask]:
+    """Mask pictures of weights in a Pumice checkpoint by name, read from the files one by one."""
+    from pumice.engine.disk import Shards
+    from pumice.engine.store import read_config
+    from pumice.engine.writer import join
+    from pumice.weights.layouts.base import Packed
+
+    layers = read_config(folder)["quantization_config"]["layers"]
+    shards = Shards(Path(folder))
+    found = []
+    for name in names:
+        key = name if name in layers else name.removesuffix(".weight")
+        if key in layers:
+            packed = Packed.empty(layers[key])
+            packed.tensors = {part: shards.get(join(key, part)) for part in packed.tensors}
+            found.append(picture(name, unpack(packed)))
+        elif name in shards.where:
+            found.append(picture(name, shards.get(name).flatten(1)))
+    shards.close()
+    return found

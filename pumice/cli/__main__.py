@@ -1,0 +1,5 @@
+"""`python -m pumice.cli`."""
+
+from pumice.cli import main
+
+main()
