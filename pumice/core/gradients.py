@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pumice.core.errors import PumiceError
@@ -19,7 +20,8 @@ Loss = Callable[[nn.Module, Any], Tensor]
 def loss_of(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
     """The scalar loss of one batch: `loss(model, batch)` if given, else what the model returns for its labels.
 
-    Where a batch has tokens but no labels, the tokens are the labels, padding left out.
+    Where a batch has tokens but no labels, the tokens are the labels, padding left out. A plain module with class
+    labels gets the cross-entropy.
     """
     if loss is not None:
         return loss(model, batch)
@@ -32,6 +34,9 @@ def loss_of(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
             ids = inputs["input_ids"]
             inputs["labels"] = ids if mask is None or mask.shape != ids.shape else ids.masked_fill(mask == 0, -100)
         value = getattr(model(**inputs), "loss", None)
+    elif isinstance(batch, Mapping) and isinstance(labels := batch.get("labels"), Tensor) and labels.dtype == torch.long:
+        output = model(**{name: value for name, value in batch.items() if name != "labels"})
+        value = F.cross_entropy(output, labels) if isinstance(output, Tensor) else None
     if value is None:
         raise PumiceError(
             "gradient statistics need a loss: pass loss=f(model, batch), or data whose batches hold labels for a model "

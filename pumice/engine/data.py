@@ -250,12 +250,13 @@ def make_data(
     seqlen: int = 1024,
     seed: int = 0,
     batch_size: int = 1,
+    labels: bool = False,
 ) -> list[dict[str, Any]]:
     """Calibration inputs of a model as keyword dicts for its forward, from whatever the user has.
 
     `data`: None (default text), a file or dataset name, documents, token ids [samples, T], a float tensor
     [samples, ...], a list of tensors, tuples or dicts, or a DataLoader. Ready-made batches are taken up to `samples`
-    examples; only the inputs of an (input, label) pair are kept. Text models get windows of `seqlen` tokens (at most
+    examples; the label of an (input, label) pair is kept as "labels" only if `labels`. Text models get windows of `seqlen` tokens (at most
     their context). Raises PumiceError where the data does not suit the model.
     """
     _check_count("samples", samples)
@@ -274,6 +275,8 @@ def make_data(
     batches, count = [], 0
     for batch in data:
         inputs = as_inputs(model, batch)
+        if labels and isinstance(batch, (tuple, list)) and len(batch) > 1 and isinstance(batch[1], Tensor):
+            inputs["labels"] = batch[1]
         count += next((len(value) for value in inputs.values() if isinstance(value, Tensor)), 1)
         batches.append(inputs)
         if count >= samples:

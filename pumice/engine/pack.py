@@ -19,7 +19,7 @@ from pumice.core.errors import PumiceError
 from pumice.core.progress import bar
 from pumice.core.view import WeightView, module_views
 from pumice.weights.layouts.base import Packed, pack as pack_as, unpack as unpack_matrix
-from pumice.weights.modules import SparseConv2d, SparseLinear, SparseModule, densify, replace_module, sparse_twin
+from pumice.weights.modules import SparseLinear, SparseModule, densify, reads_weight, replace_module, sparse_twin
 
 MANY_ROWS = 256
 """Rows at which the backend for long prompts is chosen, whatever batches were asked for."""
@@ -146,7 +146,7 @@ def _packable(model: nn.Module) -> Iterator[tuple[str, nn.Module, Packed]]:
     for name, module in list(model.named_modules()):
         if isinstance(module, SparseLinear):
             yield name, module, module.packed
-        elif sparse_twin(module) is SparseLinear and owners[id(module.weight)] == 1:
+        elif sparse_twin(module) is SparseLinear and owners[id(module.weight)] == 1 and not reads_weight(model, name):
             (view,) = module_views(name, module)
             w = view.matrix()
             if w.dtype in (torch.bfloat16, torch.float16, torch.float32) and not w.is_meta:
@@ -157,10 +157,15 @@ def _kept(model: nn.Module) -> list[LayerChoice]:
     """Weights that stay dense in memory because no sparse kernel runs their kind of layer."""
     found = []
     for name, module in model.named_modules():
-        if isinstance(module, SparseConv2d) or isinstance(module, SparseLinear) or sparse_twin(module) is SparseLinear:
+        if isinstance(module, SparseModule):
             continue
+        reason = "no sparse kernel runs this kind of layer"
+        if sparse_twin(module) is SparseLinear:
+            if not reads_weight(model, name):
+                continue
+            reason = "the model's own code reads this weight at every call"
         for view in module_views(name, module):
-            found.append(_dense_choice(view, "no sparse kernel runs this kind of layer"))
+            found.append(_dense_choice(view, reason))
     return found
 
 

@@ -7,6 +7,7 @@
 #include <Python.h>
 
 #include "features.h"
+#include "gram.h"
 #include "kernels.h"
 #include "threads.h"
 
@@ -296,6 +297,17 @@ PyObject* row_starts(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
+// gram(x, T, I, sum, packed) -> whether this CPU could: sum [I, I] += xᵀx, upper triangle, x fp32 read as bf16
+PyObject* gram_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long v[5];
+  if (!integers(args, count, 5, v)) return nullptr;
+  bool done;
+  Py_BEGIN_ALLOW_THREADS
+  done = gram(address<float>(v[0]), v[1], v[2], (float*)(intptr_t)v[3], (uint32_t*)(intptr_t)v[4]);
+  Py_END_ALLOW_THREADS
+  return PyBool_FromLong(done);
+}
+
 // features() -> what the CPU has, as a list of names
 PyObject* features(PyObject*, PyObject*) {
   const char* names[kMostFeatures];
@@ -357,6 +369,7 @@ PyMethodDef methods[] = {
      "(values, blocks, columns, row_starts, bias, O, I, r, c, dtype) -> plan"},
     {"run", fast(run), METH_FASTCALL, "(plan, x, rows, y, threads)"},
     {"expand", fast(expand), METH_FASTCALL, "(plan, begin, end, out, threads)"},
+    {"gram", fast(gram_of), METH_FASTCALL, "(x, T, I, sum, packed) -> whether this CPU could"},
     {"row_starts", fast(row_starts), METH_FASTCALL, "(mask, O, I, out)"},
     {"features", features, METH_NOARGS, "Features of this CPU that kernels ask for."},
     {"kernels", kernels, METH_NOARGS, "Sets of kernels and the first feature that each misses here."},
