@@ -15,8 +15,10 @@ def damped_cholesky(hessian_II: Tensor, damp: float) -> tuple[Tensor, float]:
     raised ten-fold until it is.
 
     Raises:
-        PumiceError: H is not finite, or no damping up to 10 helps.
+        PumiceError: H is not finite, `damp` is negative, or no damping up to 10 helps.
     """
+    if not damp >= 0:
+        raise PumiceError(f"damp={damp} must not be negative.")
     if not torch.isfinite(hessian_II).all():
         raise PumiceError("the Hessian holds NaN or Inf: look at the calibration activations of this layer.")
     hessian = hessian_II.clone()

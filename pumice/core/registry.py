@@ -199,7 +199,7 @@ class Family:
 
 scorer = Family("score", "pumice.prune.score", scope="layer")
 recovery = Family("recover", "pumice.prune.recover", selects=False, patterns=None)
-allocation = Family("allocation", "pumice.prune.allocate")
+allocation = Family("allocation", "pumice.prune.allocate", compares_score=False)
 pattern = Family("pattern", "pumice.weights.patterns", grammar="")
 layout = Family("layout", "pumice.weights.layouts", storable=True)
 FAMILIES = {family.name: family for family in (scorer, recovery, allocation, pattern, layout)}

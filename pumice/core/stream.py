@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -299,7 +300,7 @@ class Stream:
         with _hooks(handles), self._precision():
             call_model(self.model, self.batches[0])
         repeated = {name for name, count in calls.items() if count > 1}
-        for unit, following in zip(order, order[1:], strict=False):
+        for unit, following in pairwise(order):
             unit.chained &= unit.name not in repeated
             following.chained &= unit.name not in repeated and self._probed[unit.name].where is not None
         self._repeated = repeated

@@ -57,12 +57,12 @@ class Axes:
         scorer = registry.scorer.bind(score)
         legal = parse(pattern or "unstructured", scorer.info.extras["scope"])
         everywhere = getattr(legal, "scope", None) == "global"
-        if everywhere and allocation not in (None, "global"):
+        share = registry.allocation.bind(allocation or ("global" if everywhere else "uniform"))
+        if everywhere and share.name != "global":
             raise PumiceError(
-                f"pattern={legal.text!r} already spreads the density over all layers; allocation={allocation!r} "
+                f"pattern={legal.text!r} already spreads the density over all layers; allocation={share.name!r} "
                 "contradicts it: leave one of them out."
             )
-        share = registry.allocation.bind(allocation or ("global" if everywhere else "uniform"))
         axes = cls(
             scorer,
             registry.recovery.bind(recover),
@@ -94,6 +94,11 @@ class Axes:
             raise PumiceError(
                 f"allocation='lamp' shares the density by magnitude, score={self.score.name!r} orders otherwise: use "
                 "score='magnitude', or allocation='global', which compares your score over all layers."
+            )
+        if self.selects_itself and self.score.options:
+            raise PumiceError(
+                f"score={self.score.describe()!r} beside recover={self.recover.name!r}: the recovery chooses the mask with "
+                "options of its own; give them to recover."
             )
         split_needs(self.needs)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from pumice.weights.patterns.base import Pattern
@@ -30,6 +31,28 @@ class Selector:
         """Mask of the layer, or of any whole number of its column groups."""
         return self.pattern.select(scores_OI, self.density)
 
+    def columns(self, scores_OC: Tensor, stop: int, kept: float) -> Tensor:
+        """Mask of the columns that end before column `stop`, so that the density is right up to there.
+
+        Args:
+            kept: how many columns' worth of weights is kept to the left of them.
+        """
+        density = (self.density * stop - kept) / scores_OC.shape[1]
+        if density < 1e-9:
+            return torch.zeros_like(scores_OC, dtype=torch.bool)
+        return self.pattern.select(scores_OC, min(density, 1.0))
+
     def note(self, text: str) -> None:
         """Something the user should know of this layer; it ends up in the result."""
         self.notes.append(text)
+
+
+@dataclass
+class Given(Selector):
+    """A mask that is decided already."""
+
+    mask: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def whole(self, scores_OI: Tensor) -> Tensor:
+        del scores_OI
+        return self.mask

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +17,13 @@ from pumice.core import registry
 from pumice.core.errors import PumiceError
 from pumice.core.gradients import model_stats
 from pumice.core.progress import bar
+from pumice.core.registry import Bound
 from pumice.core.stats import Stats, split_needs
 from pumice.core.stream import Collect, InMemory, Source, Stream, Unit, find_units
 from pumice.core.view import WeightView, find_views
 from pumice.prune.allocate.base import Layers
 from pumice.prune.axes import Axes
-from pumice.prune.layer import Score, Selector
+from pumice.prune.layer import Given, Selector
 
 
 @dataclass
@@ -67,7 +68,11 @@ class PruneResult:
 
 
 def peak_memory_bytes() -> int:
-    """Largest resident size of this process so far."""
+    """Largest resident size of this process so far; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -162,13 +167,12 @@ class Pruner:
     def _allocate(self, units: Sequence[Unit], stream: Stream | None) -> dict[str, float]:
         """Density of every view; statistics for it come from the dense model."""
         axes = self.axes
-        uniform = axes.allocation.name == "uniform"
+        info = axes.allocation.info
         dense: dict[str, dict[str, Tensor]] = {}
-        # The score's statistics are needed too where the allocation compares the score itself (global).
-        layer_needs, _ = split_needs(frozenset(axes.allocation.info.needs) | (frozenset() if uniform else axes.needs))
-        if stream is not None and layer_needs and not uniform:
-            if "hessian" in layer_needs and "hessian" not in axes.allocation.info.needs and axes.allocation.name != "global":
-                layer_needs -= {"hessian"}
+        layer_needs, _ = split_needs(
+            frozenset(info.needs) | (axes.needs if info.extras["compares_score"] else frozenset())
+        )
+        if stream is not None and layer_needs:
             with bar(len(units), f"allocate ({axes.allocation.name})", enabled=self.progress, unit="block") as shown:
 
                 def visit(unit: Unit, collect: Collect) -> None:
@@ -176,25 +180,29 @@ class Pruner:
                     shown.update()
 
                 stream.walk(visit)
+        # Layers that no calibration token reaches cannot be compared with the others.
+        blind = {view.name for unit in units for view in unit.views if layer_needs and view.name not in dense}
 
         def read() -> Iterator[tuple[WeightView, Tensor, Stats]]:
             for unit in units:
                 self.source.load(unit.name, unit.module)
                 for view in unit.views:
-                    yield view, view.read(), self._flat_stats(view, dense.get(view.name, {}))
+                    if view.name not in blind:
+                        yield view, view.read(), self._flat_stats(view, dense.get(view.name, {}))
                 self.source.free(unit.name, unit.module)
 
         blocks = {view.name: unit.name for unit in units for view in unit.views}
-        ordered = [view for unit in units for view in unit.views]
-        return axes.allocation(Layers(ordered, blocks, read, lambda w, stats: axes.score(w, stats)), axes.density)
+        ordered = [view for unit in units for view in unit.views if view.name not in blind]
+        layers = Layers(ordered, blocks, read, lambda w, stats: _scores(axes.score, w, stats))
+        found = axes.allocation(layers, axes.density) if ordered else {}
+        return {**dict.fromkeys(blind, axes.density), **found}
 
     def _flat_stats(self, view: WeightView, stats: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Vector statistics broadcast to the view's rows, where a grouped convolution has one per group."""
+        """Statistics of the whole view: vectors broadcast to its rows, matrices [G, I, I] where it has several groups."""
         rows = view.shape_OI[0] // view.groups
         flat = {
-            name: value[0] if view.groups == 1 else value.repeat_interleave(rows, 0)
+            name: value[0] if view.groups == 1 else value.repeat_interleave(rows, 0) if value.dim() == 2 else value
             for name, value in stats.items()
-            if value.dim() == 2 or view.groups == 1
         }
         return {**flat, **self._whole.get(view.name, {}), **self._random(view)}
 
@@ -223,10 +231,10 @@ class Pruner:
             selector.note(note)
             self.notes.append(f"{view.name}: {note}")
         sample = None if stats is None else stats.get("input")
-        if view.groups == 1:
-            new, mask = _solve(w, self._flat_stats(view, stats or {}), score, recover, axes, selector)
-        else:
-            new, mask = self._solve_groups(view, w, stats or {}, score, recover, selector)
+        try:
+            new, mask = self._solve(view, w, stats or {}, score, recover, selector)
+        except PumiceError as error:
+            raise PumiceError(f"layer {view.name}: {error}") from error
         if not selector.pattern.verify(mask):
             raise PumiceError(f"recovery {recover.name!r} broke pattern {axes.pattern.text!r} on {view.name}: report this.")
         view.write(new)
@@ -237,7 +245,7 @@ class Pruner:
             view.name,
             unit.name,
             (o, i),
-            float(mask.float().mean()) if mask.numel() else 0.0,
+            int(torch.count_nonzero(new)) / max(new.numel(), 1),
             self._densities[view.name],
             error,
             weight_error,
@@ -246,30 +254,44 @@ class Pruner:
             selector.notes,
         )
 
-    def _solve_groups(
-        self, view: WeightView, w: Tensor, stats: dict[str, Tensor], score: Any, recover: Any, selector: Selector
+    def _solve(
+        self, view: WeightView, w: Tensor, stats: dict[str, Tensor], score: Bound, recover: Bound, selector: Selector
     ) -> tuple[Tensor, Tensor]:
-        """A grouped convolution: each group reads other inputs, so recoveries that compensate take them one by one."""
-        if recover.name == "none":
-            return _solve(w, self._flat_stats(view, stats), score, recover, self.axes, selector)
+        flat = self._flat_stats(view, stats)
+        if view.groups == 1 or recover.name == "none":
+            itself = self.axes.selects_itself and score is self.axes.score
+            return recover(w, flat, None if itself else lambda weight: _scores(score, weight, flat), selector)
+        # Each group of a convolution reads other inputs, so they are compensated one by one; but the pattern lies over
+        # all of them (N:M, which decides inside a row, needs no look at the whole).
+        local = selector.pattern.decides_locally
+        mask = None if local else selector.whole(_scores(score, w, flat))
         whole = self._flat_stats(view, {})
         rows = w.shape[0] // view.groups
         parts = []
         for group in range(view.groups):
             part = slice(group * rows, (group + 1) * rows)
-            local = {name: value[group] for name, value in stats.items()}
-            local.update({name: value[part] for name, value in whole.items()})
-            parts.append(_solve(w[part], local, score, recover, self.axes, selector))
+            own = {name: value[group] for name, value in stats.items()}
+            own.update({name: value[part] for name, value in whole.items()})
+            chosen = selector
+            if mask is not None:
+                chosen = Given(selector.pattern, selector.density, selector.notes, mask[part])
+            itself = local and self.axes.selects_itself and score is self.axes.score
+            parts.append(recover(w[part], own, None if itself else partial(_scores, score, stats=own), chosen))
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
-def _solve(
-    w: Tensor, stats: Stats, score: Any, recover: Any, axes: Axes, selector: Selector
-) -> tuple[Tensor, Tensor]:
-    bound: Score | None = lambda weight: score(weight, stats)  # noqa: E731 - a name would say no more
-    if axes.selects_itself and score is axes.score:
-        bound = None
-    return recover(w, stats, bound, selector)
+def _scores(score: Bound, w: Tensor, stats: Stats) -> Tensor:
+    """Scores [O, I]; a grouped convolution with one Hessian per group is scored group by group."""
+    hessian = stats.get("hessian")
+    if hessian is None or hessian.dim() == 2:
+        return score(w, stats)
+    rows = w.shape[0] // len(hessian)
+    parts = []
+    for group in range(len(hessian)):
+        part = slice(group * rows, (group + 1) * rows)
+        own = {name: value[part] for name, value in stats.items() if value.dim() == 2}
+        parts.append(score(w[part], {**own, "hessian": hessian[group]}))
+    return torch.cat(parts)
 
 
 def _output_error(x_GSI: Tensor, w: Tensor, new: Tensor, groups: int) -> float:

@@ -31,27 +31,43 @@ def by_threshold(
 ) -> dict[str, float]:
     """Densities of the layers when all weights of the model compete by one score.
 
-    A layer that would fall under `minimum` is held there, and the others share what is left, until none falls.
+    A layer that would fall under `minimum`, or be emptied, is held there, and the others share what is left, until
+    none falls. Among equal scores the earlier layer wins, so that the counts are exact.
     """
     sizes = {view.name: view.numel for view in layers.views}
     budget = select.keep_count(sum(sizes.values()), density)
-    held: dict[str, float] = {}
-    while True:
-        free = [name for name in sizes if name not in held]
-        left = budget - sum(round(held[name] * sizes[name]) for name in held)
-        if left < len(free):
-            raise PumiceError(f"density={density} leaves nothing to share with at least {minimum} kept in every layer.")
-        if not free:
-            return held
-        threshold = select.kth_largest_streamed(
-            lambda: (scores(w, stats) for view, w, stats in layers.read() if view.name not in held), left
-        )
-        found = {
-            view.name: float((scores(w, stats).float() >= threshold).float().mean())
-            for view, w, stats in layers.read()
-            if view.name not in held
-        }
-        low = [name for name, share in found.items() if share < minimum]
+    held: dict[str, int] = {}
+    while len(held) < len(sizes):
+        left = budget - sum(held.values())
+        if left < len(sizes) - len(held):
+            raise PumiceError(
+                f"density={density} leaves nothing to share with at least {minimum} kept in every layer: keep more, or "
+                "use a smaller minimum."
+            )
+        found = _compete(layers, left, scores, held)
+        low = [name for name, count in found.items() if count < max(1, minimum * sizes[name])]
         if not low:
-            return {**held, **found}
-        held.update(dict.fromkeys(low, minimum))
+            held.update(found)
+        held.update({name: select.keep_count(sizes[name], minimum) for name in low})
+    return {name: held[name] / sizes[name] for name in sizes}
+
+
+def _compete(
+    layers: Layers, keep: int, scores: Callable[[Tensor, Stats], Tensor], held: Mapping[str, int]
+) -> dict[str, int]:
+    """How many of the `keep` best weights lie in each layer that is not held."""
+
+    def parts() -> Iterator[tuple[str, Tensor]]:
+        return ((view.name, scores(w, stats).float()) for view, w, stats in layers.read() if view.name not in held)
+
+    threshold = select.kth_largest_streamed(lambda: (part for _, part in parts()), keep)
+    above: dict[str, int] = {}
+    equal: dict[str, int] = {}
+    for name, part in parts():
+        above[name], equal[name] = int((part > threshold).sum()), int((part == threshold).sum())
+    room = keep - sum(above.values())
+    for name, ties in equal.items():
+        taken = min(ties, room)
+        above[name] += taken
+        room -= taken
+    return above

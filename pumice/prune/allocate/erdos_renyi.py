@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from pumice.core.errors import PumiceError
 from pumice.core.registry import allocation
+from pumice.core.view import WeightView
 from pumice.prune.allocate.base import Layers
 
 
@@ -30,7 +33,7 @@ def er(layers: Layers, density: float) -> dict[str, float]:
     """Density ∝ (O + I)/(O·I), with O and I counted in channels: the larger a layer, the sparser."""
     weights = {}
     for view in layers.views:
-        o, i, kernel = _channels(view.shape_OI, view.tensor.shape)
+        o, i, _ = _channels(view)
         weights[view.name] = (o + i) / (o * i)
     return proportional(weights, {view.name: view.numel for view in layers.views}, density)
 
@@ -40,20 +43,13 @@ def erk(layers: Layers, density: float) -> dict[str, float]:
     """Density ∝ (O + I + kh + kw)/(O·I·kh·kw): Erdős–Rényi with the kernel's extent counted in."""
     weights = {}
     for view in layers.views:
-        o, i, kernel = _channels(view.shape_OI, view.tensor.shape)
-        size = o * i
-        for extent in kernel:
-            size *= extent
-        weights[view.name] = (o + i + sum(kernel)) / size
+        o, i, kernel = _channels(view)
+        weights[view.name] = (o + i + sum(kernel)) / (o * i * math.prod(kernel))
     return proportional(weights, {view.name: view.numel for view in layers.views}, density)
 
 
-def _channels(shape_OI: tuple[int, int], parameter: tuple[int, ...]) -> tuple[int, int, tuple[int, ...]]:
-    """Output channels, input channels and kernel extents; a fused 3-D expert tensor has no kernel."""
-    o, columns = shape_OI
-    is_kernel = len(parameter) > 2 and parameter[0] == o and columns != parameter[-1]
-    kernel = tuple(parameter[2:]) if is_kernel else ()
-    i = columns
-    for extent in kernel:
-        i //= extent
-    return o, max(i, 1), kernel
+def _channels(view: WeightView) -> tuple[int, int, tuple[int, ...]]:
+    """Output channels, input channels of one group, and kernel extents (none for a matrix or a fused expert)."""
+    o, columns = view.shape_OI
+    kernel = tuple(view.tensor.shape[2:]) if view.expert is None else ()
+    return o, columns // math.prod(kernel), kernel

@@ -6,7 +6,7 @@ from pumice.core.registry import allocation
 from pumice.prune.allocate.base import Layers, by_threshold
 
 
-@allocation("global", key="global-mp", paper="arXiv:2209.14624")
+@allocation("global", key="global-mp", paper="arXiv:2209.14624", compares_score=True)
 def global_(
     layers: Layers, density: float, *, minimum: Annotated[float, "least density of any layer"] = 0.02
 ) -> dict[str, float]:

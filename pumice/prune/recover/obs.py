@@ -16,7 +16,6 @@ from pumice.core.registry import recovery
 from pumice.core.stats import Stats
 from pumice.prune.layer import Score, Selector
 
-
 RUN = 16
 
 
@@ -62,7 +61,8 @@ def obs(
         if mask is not None:
             kept[start:stop] = mask[start:stop]
         elif not lazily:
-            kept[start:stop] = select.whole((part / diagonal[:, None]).square().t()).t()
+            before = float(kept[:start].sum()) / max(kept.shape[1], 1)
+            kept[start:stop] = select.columns((part / diagonal[:, None]).square().t(), stop, before).t()
         errors = _solve_block(part, factor, kept[start:stop], select if lazily else None, group or 1)
         weight[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
     return weight.t().contiguous(), kept.t().contiguous()
