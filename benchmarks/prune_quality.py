@@ -16,7 +16,8 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ import torch
 from torch import nn
 
 import pumice
-from pumice.core.stats import bf16_matmul
 from pumice.engine import data
 from pumice.engine.evaluate import perplexity
 from pumice.engine.models import demo_model, load_model
@@ -108,6 +108,21 @@ def stories(shared: Path) -> tuple[nn.Module, torch.Tensor, torch.Tensor, bool]:
 
 
 MODELS: dict[str, tuple[Callable[[Path], Any], list[Row]]] = {"stories15m": (stories, STORIES), "smollm2-135m": (smollm2, SMOLLM2)}
+
+
+@contextmanager
+def bf16_matmul(enabled: bool) -> Iterator[None]:
+    """Float32 matmuls read their inputs as bf16 (oneDNN on CPU), where torch offers it."""
+    backend = getattr(torch.backends.mkldnn, "matmul", None)
+    if not enabled or backend is None or not hasattr(backend, "fp32_precision"):
+        yield
+        return
+    before = backend.fp32_precision
+    backend.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
 
 
 def judge(model: nn.Module, windows: torch.Tensor, bf16: bool) -> float:

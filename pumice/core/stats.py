@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pumice.core import dispatch
 from pumice.core.errors import PumiceError
 from pumice.core.registry import unknown
 from pumice.core.view import WeightView
@@ -45,28 +46,11 @@ def split_needs(needs: Iterable[str]) -> tuple[frozenset[str], frozenset[str]]:
     return wanted & LAYER_STATS.keys(), wanted & MODEL_STATS.keys()
 
 
-@contextmanager
-def bf16_matmul(enabled: bool = True) -> Iterator[None]:
-    """Float32 matmuls read their inputs as bf16 and accumulate in float32 (CPU), where torch offers it."""
-    backend = getattr(torch.backends.mkldnn, "matmul", None)
-    if not enabled or backend is None or not hasattr(backend, "fp32_precision"):
-        yield
-        return
-    before = backend.fp32_precision
-    backend.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        backend.fp32_precision = before
-
-
-def add_gram(gram: Tensor, x_TI: Tensor) -> None:
-    """gram += xᵀx. Wide matrices are done in panels of the upper triangle only, since the other half is its mirror."""
-    width = gram.shape[0]
-    panel = max(384, -(-width // 4))
-    for start in range(0, width, panel):
-        stop = min(start + panel, width)
-        gram[start:stop, start:].addmm_(x_TI[:, start:stop].t(), x_TI[:, start:])
+def add_gram(gram: Tensor, x_TI: Tensor, bf16: bool = False) -> None:
+    """gram += xᵀx, upper triangle only (the other half is its mirror); `bf16` allows x to be read as bf16."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    call = dispatch.Call("gram", "dense", dtype, x_TI.device.type, x_TI.shape[0], (gram.shape[0], gram.shape[1]))
+    dispatch.choose(call).prepare(gram, None)(x_TI)
 
 
 @dataclass
@@ -78,6 +62,7 @@ class Accumulator:
     width: int
     device: torch.device
     rows_per_batch: int
+    bf16: bool = False
     count: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
     samples: list[Tensor] = field(default_factory=list)
@@ -101,7 +86,7 @@ class Accumulator:
         if "sum" in self.sums:
             self.sums["sum"] += x.sum(1, dtype=torch.float64)
         for group in range(self.groups if "gram" in self.sums else 0):
-            add_gram(self.sums["gram"][group], x[group])
+            add_gram(self.sums["gram"][group], x[group], self.bf16)
         if self.needs & {"input", "output"} and x.shape[1]:
             step = max(1, x.shape[1] // self.rows_per_batch)
             self.samples.append(x[:, ::step][:, : self.rows_per_batch].clone())
@@ -258,11 +243,11 @@ class Capture(TorchFunctionMode):
             self.accumulators[view.name] = seen.accumulator
             seen.readers.add(view.name)
             return
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False), bf16_matmul(self.bf16):
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             rows = self._without_padding(x.detach())[None] if conv is None else _conv_inputs(x.detach(), weight, conv)
             if known is None:
                 width = view.shape_OI[1]
-                known = Accumulator(self.needs, rows.shape[0], width, x.device, self.rows_per_batch)
+                known = Accumulator(self.needs, rows.shape[0], width, x.device, self.rows_per_batch, self.bf16)
                 self.accumulators[view.name] = known
             known.update(rows)
         if seen is None:
