@@ -1,4 +1,4 @@
-"""`python -m pumice.cli`."""
+"""`python -m pumice`."""
 
 from pumice.cli import main
 
