@@ -58,7 +58,7 @@ def rows(table: dict[tuple[float | None, str | None], dict[str, float | None]]) 
     for (density, pattern), methods in table.items():
         for label, reference in methods.items():
             head, _, tail = label.partition(" + ")
-            allocation = "owl" if head == "owl" else None
+            allocation = head if head in ("owl", "lamp", "global", "er", "erk") else None
             main = tail if allocation else head
             score = "obs" if main == "sparsegpt" else main
             recover = "obs" if main == "sparsegpt" else "dsnot" if tail == "dsnot" else "none"
@@ -81,7 +81,19 @@ SMOLLM2 = rows(
 )
 STORIES = rows(
     {
-        (0.5, None): {"magnitude": 17.7, "wanda": 10.65, "sparsegpt": 8.46},
+        (0.5, None): {
+            "random": None,
+            "magnitude": 17.7,
+            "wanda": 10.65,
+            "sparsegpt": 8.46,
+            "taylor": None,
+            "fisher": None,
+            "wanda + dsnot": None,
+            "global + magnitude": None,
+            "lamp + magnitude": None,
+            "er + magnitude": None,
+            "erk + magnitude": None,
+        },
         (0.3, None): {"wanda": 105.0, "owl + wanda": 74.5, "sparsegpt": 45.9, "owl + sparsegpt": 37.5},
         (None, "2:4"): {"magnitude": 95.0, "wanda": 30.0, "sparsegpt": 16.0},
         (None, "4:8"): {"magnitude": 36.7, "wanda": 17.6, "sparsegpt": 11.2},
