@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,24 +94,31 @@ def measure_run(
     data: Any = None,
     tasks: Sequence[str] = (),
     tasks_dir: str | Path | None = None,
+    limit: int | None = None,
     seqlen: int = 1024,
     max_windows: int | None = None,
     batch: Sequence[int] = (1,),
     repeats: int = 5,
     prompts: Sequence[str] = (),
     compute: str = "auto",
+    best_dense: bool = False,
     progress: bool = True,
 ) -> Run:
     """Evaluate, pack, time and hear both models, and put it all into the run's two columns; returns the run.
 
-    `sparse` is packed in place. What a kind of model cannot give (no logits, no prompts) becomes a note.
+    `sparse` is packed in place. What a kind of model cannot give (no logits, no prompts) becomes a note. With
+    `best_dense` a copy of the dense model, packed too, is timed as a third column between the two: what a better dense
+    backend alone would give must not be taken for the gain of sparsity.
     """
     dense_column, sparse_column = _columns(run, dense, sparse)
     options: dict[str, Any] = {"data": data, "tasks": tasks, "tasks_dir": tasks_dir, "seqlen": seqlen}
+    options["limit"] = limit
     options |= {"max_windows": max_windows, "compute": compute, "progress": progress, "tokenizer": tokenizer}
     _quality(run, dense, sparse, dense_column, sparse_column, options)
-    _speed(run, dense, sparse, tokenizer, batch, repeats, progress)
+    _speed(run, dense, sparse, tokenizer, batch, repeats, best_dense, progress)
     _sentences(run, dense, sparse, tokenizer, prompts)
+    if best_dense:
+        run.columns.insert(1, run.columns.pop())
     run.notes = list(dict.fromkeys(run.notes))
     return stamp(run)
 
@@ -141,25 +150,36 @@ def _quality(
 
 
 def _speed(
-    run: Run, dense: nn.Module, sparse: nn.Module, tokenizer: Any, batch: Sequence[int], repeats: int, progress: bool
+    run: Run,
+    dense: nn.Module,
+    sparse: nn.Module,
+    tokenizer: Any,
+    batch: Sequence[int],
+    repeats: int,
+    best_dense: bool,
+    progress: bool,
 ) -> None:
     from pumice.engine.bench import bench
     from pumice.engine.models import context_length
     from pumice.engine.pack import describe, pack
 
-    pack(sparse, batch=batch, progress=progress)
+    models = {"dense": dense, "sparse": pack(sparse, batch=batch, progress=progress)}
+    if best_dense:
+        models["packed"] = pack(copy.deepcopy(dense), batch=batch, progress=progress)
+        run.columns.append(replace(run.columns[0], name=f"{run.columns[0].name}, packed", tasks={}))
     run.packed = [{k: v for k, v in layer.items() if k != "timings"} for layer in describe(sparse).to_dict()["layers"]]
     room = context_length(dense) or sys.maxsize
     lengths = {"prompt_tokens": min(128, room // 2), "new_tokens": min(32, max(room // 4, 1))}
-    models = {"dense": dense, "sparse": sparse}
     try:
         timed = bench(models, against=None, batch=batch, repeats=repeats, tokenizer=tokenizer, **lengths)
     except PumiceError as error:
         run.notes.append(f"speed was not measured: {error}")
         return
     run.bench = timed.settings
-    for column, name in zip(run.columns[:2], models, strict=True):
+    for column, (name, model) in zip(run.columns, models.items(), strict=True):
         column.add_speed(timed, name)
+        if column.memory_bytes is not None:
+            column.memory_bytes += describe(model).copies
 
 
 def _sentences(run: Run, dense: nn.Module, sparse: nn.Module, tokenizer: Any, prompts: Sequence[str]) -> None:

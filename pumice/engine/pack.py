@@ -18,7 +18,9 @@ from pumice.core.dispatch import Call
 from pumice.core.errors import PumiceError
 from pumice.core.progress import bar
 from pumice.core.view import WeightView, module_views
-from pumice.weights.layouts.base import Packed, pack as pack_as, unpack as unpack_matrix
+from pumice.weights.layouts.base import Packed
+from pumice.weights.layouts.base import pack as pack_as
+from pumice.weights.layouts.base import unpack as unpack_matrix
 from pumice.weights.modules import SparseLinear, SparseModule, densify, reads_weight, replace_module, sparse_twin
 
 MANY_ROWS = 256
@@ -78,6 +80,11 @@ class Description:
     @property
     def dense_bytes(self) -> int:
         return sum(layer.dense_bytes for layer in self.layers)
+
+    @property
+    def copies(self) -> int:
+        """Bytes that backends keep beside the weights themselves (oneDNN's reordered dense ones)."""
+        return sum(layer.bytes - layer.dense_bytes for layer in self.layers if layer.layout == "dense")
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "bytes": self.bytes, "dense_bytes": self.dense_bytes}
@@ -180,7 +187,17 @@ def _state(name: str, module: nn.Module, packed: Packed) -> LayerChoice:
     density = _density(packed)
     reason = "as stored; not measured on this machine yet" if isinstance(module, SparseLinear) else "an ordinary layer"
     return LayerChoice(
-        name, packed.shape, density, packed.layout, packed.params, {}, {}, {}, packed.nbytes, packed.dense_nbytes, reason
+        name,
+        packed.shape,
+        density,
+        packed.layout,
+        packed.params,
+        {},
+        {},
+        {},
+        packed.nbytes,
+        packed.dense_nbytes,
+        reason,
     )
 
 
@@ -208,7 +225,9 @@ class _Verdict:
 
     def ms(self, rows: int) -> float:
         return next(
-            t.ms for t in self.timings if (t.layout, t.backend, t.rows) == (self.layout, self.backends[rows], rows) and t.ms
+            t.ms
+            for t in self.timings
+            if (t.layout, t.backend, t.rows) == (self.layout, self.backends[rows], rows) and t.ms
         )
 
 

@@ -79,10 +79,18 @@ def prune(
         PumiceError: whatever can be known to fail is refused before any work; an interrupted run keeps its finished
             blocks in `OUT.partial`.
     """
-    axes = Axes.make(**resolve(
-        method, score=score, recover=recover, allocation=allocation, pattern=pattern, density=density, targets=targets,
-        ignore=ignore,
-    ))
+    axes = Axes.make(
+        **resolve(
+            method,
+            score=score,
+            recover=recover,
+            allocation=allocation,
+            pattern=pattern,
+            density=density,
+            targets=targets,
+            ignore=ignore,
+        )
+    )
     settings = {"seed": seed, "samples": samples, "seqlen": seqlen, "data": _name_of(data)}
     job = _Job(axes, settings, out, tokenizer, data, compute, loss, resume, overwrite, progress)
     if isinstance(model, nn.Module):
@@ -93,7 +101,9 @@ def prune(
 
 
 def _name_of(data: Any) -> str | None:
-    return data if data is None or isinstance(data, str) else str(data) if isinstance(data, Path) else type(data).__name__
+    return (
+        data if data is None or isinstance(data, str) else str(data) if isinstance(data, Path) else type(data).__name__
+    )
 
 
 def compute_dtype(compute: str, model: nn.Module) -> torch.dtype:
@@ -134,7 +144,7 @@ class _Job:
         if not self.axes.needs_data and self.data is None:
             return []
         wanted = {key: self.settings[key] for key in ("samples", "seqlen", "seed")}
-        batches = make_data(model, self.tokenizer, self.data, **wanted)
+        batches = make_data(model, self.tokenizer, self.data, labels=True, **wanted)
         device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
         return [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
 
