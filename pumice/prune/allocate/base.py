@@ -37,19 +37,18 @@ def by_threshold(
     sizes = {view.name: view.numel for view in layers.views}
     budget = select.keep_count(sum(sizes.values()), density)
     held: dict[str, int] = {}
-    while len(held) < len(sizes):
-        left = budget - sum(held.values())
-        if left < len(sizes) - len(held):
+    while True:
+        left, free = budget - sum(held.values()), len(sizes) - len(held)
+        if left < free:
             raise PumiceError(
                 f"density={density} leaves nothing to share with at least {minimum} kept in every layer: keep more, or "
                 "use a smaller minimum."
             )
+        if not free:
+            return {name: held[name] / sizes[name] for name in sizes}
         found = _compete(layers, left, scores, held)
         low = [name for name, count in found.items() if count < max(1, minimum * sizes[name])]
-        if not low:
-            held.update(found)
-        held.update({name: select.keep_count(sizes[name], minimum) for name in low})
-    return {name: held[name] / sizes[name] for name in sizes}
+        held.update({name: select.keep_count(sizes[name], minimum) for name in low} if low else found)
 
 
 def _compete(

@@ -1,5 +1,7 @@
 """Optimal Brain Surgeon saliency of a layer's own output error."""
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,9 @@ from pumice.core.stats import Stats
 
 
 @scorer("obs", paper="Hassibi & Stork 1992; arXiv:2301.00774", needs=("hessian",))
-def obs(w_OI: Tensor, stats: Stats, *, damp: float = 0.01) -> Tensor:
+def obs(
+    w_OI: Tensor, stats: Stats, *, damp: Annotated[float, "share of the mean Hessian diagonal added to it"] = 0.01
+) -> Tensor:
     """w²/[H⁻¹]ⱼⱼ: the output error left after the other weights have made up for the removed one.
 
     With the recovery `obs` the saliency is taken again column block by column block, with what is already
