@@ -63,7 +63,7 @@ def run(title="wanda, 50 %", density=0.5, perplexity=30.0, **changes):
 class Page(html.parser.HTMLParser):
     """Addresses that a browser would fetch by itself, links, the text, and tags left open."""
 
-    void = {"meta", "img", "br", "hr", "input", "link", "path", "use", "rect"}
+    void = frozenset({"meta", "img", "br", "hr", "input", "link", "path", "use", "rect"})
 
     def __init__(self, text):
         super().__init__()
@@ -246,6 +246,19 @@ def test_a_comparison_has_curves_over_density():
     table = summary.summarise(runs)
     assert table.columns == ["dense bf16", *(f"{one.title}: sparse bf16" for one in runs)]
     assert table.baseline == [0, 0, 0, 0]
+    assert not table.merged
+
+
+def test_each_run_is_compared_with_its_own_dense_times():
+    runs = [run("wanda, 50 %"), run("obs, 50 %")]
+    runs[1].columns[0].speed[0].decode = 20.0
+    table = summary.summarise(runs)
+    assert len(table.columns) == 3
+    assert table.merged
+    assert [cell.against for cell in cells(table, "Decode, batch 1,")] == ["", "1.50×", "0.75×"]
+    assert "dense times of its own run" in Page(render(runs)).text
+    runs[1].columns[0].perplexity = 21.0
+    assert len(summary.summarise(runs).columns) == 4
 
 
 def test_a_sweep_of_one_run_is_drawn():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pumice.analyze.record import Column, Run
@@ -37,6 +37,8 @@ class Table:
     columns: list[str]
     baseline: list[int]
     rows: list[Row]
+    merged: bool = False
+    """Whether one dense column stands for several runs with times of their own."""
 
     @property
     def dense_wins(self) -> list[tuple[str, str]]:
@@ -136,34 +138,37 @@ def _cell(measure: _Measure, column: Column, dense: Column) -> Cell:
 
 
 def summarise(runs: Sequence[Run]) -> Table:
-    """Columns of all runs beside each other; a dense column that two runs share is shown once."""
+    """Columns of all runs beside each other.
+
+    Dense columns that differ in nothing but the clock are shown once, with the times of the first; each sparse column
+    is still compared with the dense times of its own run.
+    """
     columns: list[Column] = []
+    dense: list[Column] = []
     baseline: list[int] = []
     names: list[str] = []
-    dense_of: dict[Any, int] = {}
-    several = len(runs) > 1
+    seen: dict[Any, int] = {}
+    merged = False
+    models = {run.model.get("name") for run in runs}
     for run in runs:
         for position, column in enumerate(run.columns):
             if position == 0:
-                key = (run.model.get("name"), repr(column))
-                if key in dense_of:
+                key = (run.model.get("name"), repr(replace(column, speed=[], notes=[])))
+                place = seen.setdefault(key, len(columns))
+                if place < len(columns):
+                    merged = merged or columns[place].speed != column.speed
                     continue
-                dense_of[key] = len(columns)
-                different = len({one.model.get("name") for one in runs}) > 1
-                names.append(f"{run.model.get('name', '')} {column.name}" if different else column.name)
+                names.append(f"{run.model.get('name', '')} {column.name}" if len(models) > 1 else column.name)
             else:
-                names.append(f"{run.title}: {column.name}" if several and run.title else column.name)
+                names.append(f"{run.title}: {column.name}" if len(runs) > 1 and run.title else column.name)
             columns.append(column)
-            baseline.append(dense_of[(run.model.get("name"), repr(run.columns[0]))])
+            dense.append(run.columns[0])
+            baseline.append(place)
     rows = [
-        Row(
-            measure.group,
-            measure.label,
-            [_cell(measure, c, columns[b]) for c, b in zip(columns, baseline, strict=True)],
-        )
+        Row(measure.group, measure.label, [_cell(measure, *pair) for pair in zip(columns, dense, strict=True)])
         for measure in _measures(columns)
     ]
-    return Table(names, baseline, rows)
+    return Table(names, baseline, rows, merged)
 
 
 def verdict(run: Run) -> str:

@@ -38,6 +38,7 @@ def report(
     max_windows: Annotated[int | None, typer.Option(help="Most windows; for --measure.")] = 16,
     batch: Annotated[str, typer.Option(help="Batch sizes to time; for --measure.")] = "1",
     repeats: Annotated[int, typer.Option(help="Rounds of timing; for --measure.")] = 5,
+    dtype: Annotated[str, typer.Option(help="Type to measure both models in; for --measure.")] = "auto",
     prompt: Annotated[list[str] | None, typer.Option(help="Prompt to show answers to (repeat); for --measure.")] = None,
 ) -> Output:
     """One page that opens offline: what pruning cost and gave, dense beside sparse; several runs are compared."""
@@ -54,7 +55,7 @@ def report(
             if measure:
                 options: dict[str, Any] = {"data": data, "tasks": names(tasks), "tasks_dir": tasks_dir}
                 options |= {"seqlen": seqlen, "max_windows": max_windows, "batch": numbers(batch, "batch")}
-                _measure(found[0], folder, dense, prompts=prompt or (), repeats=repeats, **options)
+                _measure(found[0], folder, dense, dtype, prompts=prompt or (), repeats=repeats, **options)
             save_run(folder, found[0])
         elif measure:
             raise PumiceError(f"measure: {folder} holds a comparison of runs, not a model: name the models' folders.")
@@ -73,15 +74,15 @@ def _complete(run: Run, folder: Path) -> None:
     run.masks = stored_pictures(folder, choose_layers(run.layers))
 
 
-def _measure(run: Run, folder: str, dense: str | None, **options: Any) -> None:
+def _measure(run: Run, folder: str, dense: str | None, dtype: str, **options: Any) -> None:
     from pumice.analyze.measure import measure_run
     from pumice.engine.models import load_model
 
     source = dense or run.model.get("source")
     if source is None:
         raise PumiceError(f"{folder} does not say which model it came from: name it with --dense MODEL.")
-    sparse = load_model(folder)
-    measure_run(run, load_model(source).model, sparse.model, sparse.tokenizer, **options)
+    sparse = load_model(folder, dtype=dtype)
+    measure_run(run, load_model(source, dtype=dtype).model, sparse.model, sparse.tokenizer, **options)
 
 
 def _show(console: Console, runs: list[Run], page: Path) -> None:
