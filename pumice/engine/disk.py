@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from pumice.core.errors import PumiceError
+from pumice.engine.models import class_for, clear_errors, gguf_file, locate, quiet, read_json, weight_files
 from pumice.engine.store import take_packed
 from pumice.engine.writer import Writer, join, restore_entry
 
@@ -120,39 +121,63 @@ def names_in_checkpoint(model: nn.Module, stored: set[str]) -> dict[str, str] | 
     return names
 
 
-def open_on_disk(path: Path) -> tuple[nn.Module, Shards, dict[str, str]] | str:
+def empty_model(name: str | Path) -> tuple[nn.Module, str | None]:
+    """A model by name, without memory for its weights, and the reason why they cannot be streamed from disk, if any.
+
+    Raises:
+        PumiceError: there is no such model, or its architecture is unknown.
+    """
+    import transformers
+    from accelerate import init_empty_weights
+
+    path = locate(name)
+    gguf = gguf_file(path)
+    with quiet(), clear_errors(str(name), path):
+        if gguf is not None:
+            config = transformers.AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            cls: Any = transformers.AutoModelForCausalLM
+            dtype = torch.bfloat16
+        else:
+            raw = read_json(path / "config.json", str(name))
+            raw.pop("quantization_config", None)
+            cls = class_for(raw, str(name), None)[1]
+            config = transformers.AutoConfig.from_pretrained(path)
+            dtype = config.dtype or torch.float32
+        make = getattr(cls, "from_config", None) or cls._from_config
+        with init_empty_weights(include_buffers=False):
+            model = make(config, dtype=dtype)
+    model.tie_weights()
+    return model.eval(), "a GGUF file is expanded as a whole" if gguf is not None else _not_streamable(path)
+
+
+def _not_streamable(path: Path) -> str | None:
+    if read_json(path / "config.json", str(path)).get("quantization_config"):
+        return "its weights are stored quantised or sparse"
+    return None if list(path.glob("*.safetensors")) else "it has no safetensors files"
+
+
+def open_on_disk(name: str | Path) -> tuple[nn.Module, Shards, dict[str, str], Path] | str:
     """A Hugging Face checkpoint as a model without memory, or the reason why it must be loaded whole.
 
     Everything that is not inside a block (embeddings, final norm, head) is read by the caller with `load_rest`.
     """
-    config_file = path / "config.json"
-    if not path.is_dir() or not config_file.exists():
-        return "it is not a checkpoint folder"
-    config = json.loads(config_file.read_text())
-    if config.get("quantization_config"):
-        return "its weights are stored quantised or sparse"
-    if not list(path.glob("*.safetensors")):
-        return "it has no safetensors files"
-    import transformers
-    from accelerate import init_empty_weights
-
-    cls = getattr(transformers, (config.get("architectures") or [""])[0], None)
-    if cls is None:
-        return "its config names no architecture that Transformers knows"
-    loaded = transformers.AutoConfig.from_pretrained(path)
-    with init_empty_weights(include_buffers=False):
-        model = cls._from_config(loaded, dtype=loaded.dtype or torch.float32)
-    model.tie_weights()
+    path = locate(name)
+    if gguf_file(path) is not None:
+        return "a GGUF file is expanded as a whole"
+    weight_files(path, str(name))
+    model, reason = empty_model(name)
+    if reason is not None:
+        return reason
     shards = Shards(path)
     names = names_in_checkpoint(model, set(shards.where))
     if isinstance(names, str):
         shards.close()
         return names
-    return model.eval(), shards, names
+    return model, shards, names, path
 
 
 def load_rest(model: nn.Module, shards: Shards, names: dict[str, str], units: set[str]) -> None:
     """Read everything outside the units, which stays in memory."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    for name in [n for n, _ in (*model.named_parameters(), *model.named_buffers())]:
         if name in names and not any(name.startswith(f"{unit}.") for unit in units):
             put(model, name, shards.get(names[name]))

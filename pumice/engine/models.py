@@ -71,8 +71,8 @@ def load_model(
     if task is not None and task not in _KINDS:
         raise PumiceError(f"task {task!r} is not known: use one of {', '.join(_KINDS)}.")
     torch_dtype, torch_device = resolve_dtype(dtype), _device(device)
-    path = _locate(model)
-    gguf = _gguf_file(path)
+    path = locate(model)
+    gguf = gguf_file(path)
     if gguf is not None:
         loaded = _load_gguf(gguf, str(model), torch_dtype, task)
     else:
@@ -147,7 +147,7 @@ def _kind_of(architecture: str) -> str | None:
     return None
 
 
-def _locate(model: str | Path) -> Path:
+def locate(model: str | Path) -> Path:
     """The local file or folder of `model`; a hub id is resolved through the hub's cache or downloaded."""
     path = Path(model).expanduser()
     if path.exists():
@@ -177,7 +177,7 @@ def _download(repo: str) -> Path:
         ) from error
 
 
-def _gguf_file(path: Path) -> Path | None:
+def gguf_file(path: Path) -> Path | None:
     """The GGUF file that `path` means: the file itself, or the only one of a folder without other weights."""
     if path.is_file():
         if path.suffix == ".gguf":
@@ -203,7 +203,7 @@ def _load_gguf(file: Path, source: str, dtype: torch.dtype | str, task: str | No
         raise PumiceError("reading a GGUF file needs the package gguf: run `pip install gguf`.")
     from transformers import AutoModelForCausalLM
 
-    with _quiet(), _clear_errors(source, file):
+    with quiet(), clear_errors(source, file):
         model = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.bfloat16 if dtype == "auto" else dtype
         )
@@ -213,14 +213,14 @@ def _load_gguf(file: Path, source: str, dtype: torch.dtype | str, task: str | No
 
 
 def _load_folder(path: Path, source: str, dtype: torch.dtype | str, task: str | None) -> LoadedModel:
-    config = _read_json(path / "config.json", source)
-    weights = _weight_files(path, source)
+    config = read_json(path / "config.json", source)
+    weights = weight_files(path, source)
     packed = (config.get("quantization_config") or {}).get("quant_method") == "pumice"
     if packed:
         # The quantizer must be registered with Transformers before it meets such a config.
         importlib.import_module("pumice.engine.hf")
-    kind, cls = _class_for(config, source, task)
-    with _quiet(), _clear_errors(source, path):
+    kind, cls = class_for(config, source, task)
+    with quiet(), clear_errors(source, path):
         model, info = cls.from_pretrained(path, dtype=dtype, output_loading_info=True)
     missing = [] if packed else sorted(name for name in info["missing_keys"] if "pooler" not in name)
     if missing or (not packed and info["mismatched_keys"]):
@@ -232,7 +232,7 @@ def _load_folder(path: Path, source: str, dtype: torch.dtype | str, task: str | 
     return LoadedModel(model, load_tokenizer(path), source, sum(file.stat().st_size for file in weights), kind, path)
 
 
-def _class_for(config: dict[str, Any], source: str, task: str | None) -> tuple[str, Any]:
+def class_for(config: dict[str, Any], source: str, task: str | None) -> tuple[str, Any]:
     """(kind, Transformers class) for a config's architecture, or for the task asked for."""
     import transformers
 
@@ -254,11 +254,11 @@ def _class_for(config: dict[str, Any], source: str, task: str | None) -> tuple[s
     return _kind_of(names[0]) or "module", cls
 
 
-def _weight_files(path: Path, source: str) -> list[Path]:
+def weight_files(path: Path, source: str) -> list[Path]:
     """The weight files of a checkpoint folder, each checked to be whole."""
     index = path / "model.safetensors.index.json"
     if index.exists():
-        files = [path / name for name in sorted(set(_read_json(index, source)["weight_map"].values()))]
+        files = [path / name for name in sorted(set(read_json(index, source)["weight_map"].values()))]
     else:
         files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
     if not files:
@@ -301,7 +301,7 @@ def _load_tokenizer(path: Path, source: str, gguf_file: str | None = None) -> An
     from transformers import AutoTokenizer
 
     options = {} if gguf_file is None else {"gguf_file": gguf_file}
-    with _quiet():
+    with quiet():
         try:
             return AutoTokenizer.from_pretrained(path, **options)
         except Exception as error:
@@ -312,7 +312,7 @@ def _load_tokenizer(path: Path, source: str, gguf_file: str | None = None) -> An
             ) from error
 
 
-def _read_json(file: Path, source: str) -> dict[str, Any]:
+def read_json(file: Path, source: str) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -322,7 +322,7 @@ def _read_json(file: Path, source: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _clear_errors(source: str, path: Path) -> Iterator[None]:
+def clear_errors(source: str, path: Path) -> Iterator[None]:
     """Turn what Transformers raises for an unreadable checkpoint into one sentence."""
     from safetensors import SafetensorError
 
@@ -341,7 +341,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence Transformers' loading bars and remarks, which would drown our own progress."""
     from transformers.utils import logging as hf_logging
 

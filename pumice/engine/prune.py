@@ -11,20 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from pumice.core.errors import PumiceError
+from pumice.core.stats import split_needs
 from pumice.core.stream import InMemory, Source, Unit, find_units
 from pumice.core.view import DEFAULT_IGNORE, find_views
 from pumice.engine.data import make_data
 from pumice.engine.disk import DiskSource, load_rest, open_on_disk, parameters_of, put
 from pumice.engine.models import load_model, load_tokenizer
+from pumice.engine.plan import DryRun, compute_dtype, plan_run
 from pumice.engine.store import model_config, save_companions, tied_parameters
 from pumice.engine.writer import Writer
 from pumice.prune.axes import Axes
 from pumice.prune.run import LayerResult, Pruner, PruneResult
 from pumice.recipe import resolve
 from pumice.weights.patterns.base import Pattern
-
-BIG = 50_000_000
-"""Parameters from which calibration in bf16 is worth its rounding."""
 
 
 def prune(
@@ -100,22 +99,46 @@ def prune(
     return job.from_name(model, device, dtype)
 
 
+def plan_prune(
+    model: nn.Module | str | Path,
+    method: Any = "auto",
+    *,
+    density: float | None = None,
+    pattern: str | Pattern | None = None,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] = DEFAULT_IGNORE,
+    score: Any = None,
+    recover: Any = None,
+    allocation: Any = None,
+    samples: int = 64,
+    seqlen: int = 1024,
+    compute: str = "auto",
+    **unused: Any,
+) -> DryRun:
+    """What `prune` with the same arguments would prune and keep, and about how much time, memory and disk it takes.
+
+    Reads no weights of a model given by name. Raises PumiceError as `prune` would, for what is known beforehand.
+    """
+    del unused
+    axes = Axes.make(
+        **resolve(
+            method,
+            score=score,
+            recover=recover,
+            allocation=allocation,
+            pattern=pattern,
+            density=density,
+            targets=targets,
+            ignore=ignore,
+        )
+    )
+    return plan_run(model, axes, samples, seqlen, compute)
+
+
 def _name_of(data: Any) -> str | None:
     return (
         data if data is None or isinstance(data, str) else str(data) if isinstance(data, Path) else type(data).__name__
     )
-
-
-def compute_dtype(compute: str, model: nn.Module) -> torch.dtype:
-    """dtype of the calibration's matrix products."""
-    if compute in ("float32", "bfloat16"):
-        return getattr(torch, compute)
-    if compute != "auto":
-        raise PumiceError(f"compute={compute!r} must be auto, float32 or bfloat16.")
-    big = sum(p.numel() for p in model.parameters()) >= BIG
-    on_gpu = any(p.is_cuda for p in model.parameters())
-    native = on_gpu or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return torch.bfloat16 if big and native else torch.float32
 
 
 class _Job:
@@ -163,16 +186,18 @@ class _Job:
 
     def from_name(self, name: str | Path, device: str, dtype: str) -> PruneResult:
         """Prune a model given by name: streamed from disk where that is possible, else loaded."""
-        opened = open_on_disk(Path(name)) if (device, dtype) == ("cpu", "auto") else "device or dtype was asked for"
+        whole = "the method needs gradients of the whole model" if split_needs(self.axes.needs)[1] else None
+        if (device, dtype) != ("cpu", "auto"):
+            whole = "a device or dtype was asked for"
+        opened = whole or open_on_disk(name)
         if isinstance(opened, str):
             loaded = load_model(name, dtype=dtype, device=device)
             self.tokenizer = self.tokenizer or loaded.tokenizer
             result = self.in_memory(loaded.model, str(name))
             result.notes.append(f"the model was loaded whole: {opened}")
             return result
-        model, shards, names = opened
-        if self.tokenizer is None:
-            self.tokenizer = load_tokenizer(Path(name))
+        model, shards, names, path = opened
+        self.tokenizer = self.tokenizer or load_tokenizer(path)
         views = find_views(model, self.axes.targets, self.axes.ignore)
         self.axes.check_views(views)
         units = {unit.name for unit in find_units(model, views)}
