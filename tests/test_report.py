@@ -245,7 +245,6 @@ def test_a_comparison_has_curves_over_density():
     assert plots.curve_plots(runs[:1]) == []
     table = summary.summarise(runs)
     assert table.columns == ["dense bf16", *(f"{one.title}: sparse bf16" for one in runs)]
-    assert table.baseline == [0, 0, 0, 0]
     assert not table.merged
 
 
@@ -266,6 +265,26 @@ def test_a_sweep_of_one_run_is_drawn():
     assert plots.curve_points([run(curve=sweep)], "decode") == {
         "wanda, 50 %": [(0.5, 2.0), (0.7, pytest.approx(10 / 7)), (0.9, pytest.approx(10 / 9))]
     }
+
+
+def test_sparse_is_compared_with_the_best_dense_column():
+    one = run()
+    packed = Column("dense bf16, packed", 1.0, perplexity=20.0, disk_bytes=1000, memory_bytes=1500)
+    packed.speed = [Speed(1, prefill=150.0, decode=20.0)]
+    one.columns.insert(1, packed)
+    table = summary.summarise([one])
+    assert [cell.ahead for cell in cells(table, "Decode, batch 1,")] == ["", "", "dense"]
+    assert cells(table, "Decode, batch 1,")[2].against == "0.75×"
+    assert cells(table, "In memory")[2].against == "-43 %"
+    assert "decode at 0.75× the speed of dense" in summary.verdict(one)
+    assert plots.curve_points([one], "decode") == {"wanda": [(0.5, 0.75)]}
+    assert "best of the dense columns" in Page(render([one])).text
+
+
+def test_a_sweep_over_methods_has_a_line_each():
+    sweep = [Point(0.5, 3.0, label="a", series="wanda"), Point(0.7, 2.0, series="wanda"), Point(0.5, 2.5, series="obs")]
+    found = plots.curve_points([run(curve=sweep)], "perplexity")
+    assert found == {"wanda": [(0.5, 3.0), (0.7, 2.0)], "obs": [(0.5, 2.5)]}
 
 
 def test_without_matplotlib_the_page_still_comes(monkeypatch):

@@ -117,16 +117,17 @@ def measure_run(
     _quality(run, dense, sparse, dense_column, sparse_column, options)
     _speed(run, dense, sparse, tokenizer, batch, repeats, best_dense, progress)
     _sentences(run, dense, sparse, tokenizer, prompts)
-    if best_dense:
+    if len(run.columns) > 2:
         run.columns.insert(1, run.columns.pop())
     run.notes = list(dict.fromkeys(run.notes))
     return stamp(run)
 
 
 def _columns(run: Run, dense: nn.Module, sparse: nn.Module) -> tuple[Column, Column]:
-    while len(run.columns) < 2:
-        run.columns.append(Column("sparse" if run.columns else "dense", density=None if run.columns else 1.0))
-    for column, model in zip(run.columns[:2], (dense, sparse), strict=True):
+    first = run.denses[0] if run.denses else Column("dense", density=1.0)
+    last = run.sparses[-1] if run.sparses else Column("sparse", density=run.prune.get("density"))
+    run.columns = [first, last]
+    for column, model in zip(run.columns, (dense, sparse), strict=True):
         dtype = next((str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()), "")
         base = column.name.split(" ")[0]
         column.name = f"{base} {SHORT.get(dtype, dtype)}".strip()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pumice.analyze.record import Run
+from pumice.analyze.summary import best_speed
 
 HINT = "the plots need matplotlib: pip install 'pumice[report]'"
 INK, FAINT = "#010203", "#040506"
@@ -92,20 +93,18 @@ def curve_points(runs: Sequence[Run], value: str) -> dict[str, list[tuple[float,
     lines: dict[str, list[tuple[float, float]]] = {}
     for run in runs:
         own = run.title or run.recipe.get("name", "sparse")
-        dense_speed = {speed.batch: speed for speed in run.columns[0].speed} if run.columns else {}
-        scale = getattr(dense_speed.get(1), value, None) if value in ("decode", "prefill") else 1.0
-        points = [(p.density, getattr(p, value), p.label or own) for p in run.curve]
-        for column in run.columns[1:]:
+        scale = best_speed(run, value) if value in ("decode", "prefill") else 1.0
+        points = [(point.density, getattr(point, value), point.series or own) for point in run.curve]
+        for column in () if run.curve else run.sparses:
             measured = {speed.batch: speed for speed in column.speed}.get(1)
             found = getattr(measured, value, None) if value in ("decode", "prefill") else getattr(column, value)
             density = column.density if column.density is not None else run.prune.get("density")
-            if not run.curve and density is not None:
-                method = run.recipe.get("name") or run.prune.get("recipe", {}).get("name") or own
-                points.append((density, found, method))
-        for density, found, label in points:
+            if density is not None:
+                points.append((density, found, run.recipe.get("name") or own))
+        for density, found, series in points:
             if found is not None and scale:
-                lines.setdefault(label, []).append((density, found / scale))
-    return {label: sorted(points) for label, points in lines.items()}
+                lines.setdefault(series, []).append((density, found / scale))
+    return {series: sorted(points) for series, points in lines.items()}
 
 
 def curve_plots(runs: Sequence[Run]) -> list[Plot]:

@@ -68,7 +68,10 @@ class Column:
 
 @dataclass
 class Point:
-    """One density of a sweep over the same model and method; `decode` and `prefill` in tokens per second, batch 1."""
+    """One density of a sweep over the same model; `decode` and `prefill` in tokens per second, batch 1.
+
+    `series` names the line it belongs to where a sweep covers several methods; `label` is a remark.
+    """
 
     density: float
     perplexity: float | None = None
@@ -77,6 +80,7 @@ class Point:
     decode: float | None = None
     disk_bytes: int | None = None
     label: str = ""
+    series: str = ""
 
 
 @dataclass
@@ -126,8 +130,14 @@ class Run:
     format: int = FORMAT
 
     @property
-    def dense(self) -> Column | None:
-        return self.columns[0] if self.columns else None
+    def denses(self) -> list[Column]:
+        """The dense columns: the first, and any other of density 1 (the same model on better dense kernels)."""
+        return [*self.columns[:1], *(column for column in self.columns[1:] if column.density == 1.0)]
+
+    @property
+    def sparses(self) -> list[Column]:
+        """All other columns."""
+        return [column for column in self.columns[1:] if column.density != 1.0]
 
     @property
     def layers(self) -> list[dict[str, Any]]:

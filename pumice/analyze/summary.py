@@ -32,13 +32,14 @@ class Row:
 
 @dataclass
 class Table:
-    """The whole summary; column `i` is compared with column `baseline[i]`."""
+    """The whole summary."""
 
     columns: list[str]
-    baseline: list[int]
     rows: list[Row]
     merged: bool = False
     """Whether one dense column stands for several runs with times of their own."""
+    several_denses: bool = False
+    """Whether a run has several dense columns; sparse is compared with the best of them, row by row."""
 
     @property
     def dense_wins(self) -> list[tuple[str, str]]:
@@ -118,13 +119,19 @@ def _speed(batch: int, kind: str) -> Callable[[Column], float | None]:
     return lambda column: next((getattr(speed, kind) for speed in column.speed if speed.batch == batch), None)
 
 
-def _cell(measure: _Measure, column: Column, dense: Column) -> Cell:
+def _best(measure: _Measure, denses: Sequence[Column]) -> float | None:
+    values = [value for value in map(measure.read, denses) if value is not None]
+    return (max if measure.better > 0 else min)(values, default=None)
+
+
+def _cell(measure: _Measure, column: Column, denses: Sequence[Column]) -> Cell:
+    """A sparse column against the best that dense does in this measure; dense columns are not judged."""
     value = measure.read(column)
     if value is None:
         return Cell("–")
     text = measure.show(value)
-    theirs = measure.read(dense)
-    if column is dense or measure.better == 0 or not theirs:
+    theirs = _best(measure, denses)
+    if any(column is one for one in denses) or measure.better == 0 or not theirs:
         return Cell(text)
     ratio = value / theirs
     if abs(ratio - 1) <= EQUAL:
@@ -143,56 +150,58 @@ def summarise(runs: Sequence[Run]) -> Table:
     Dense columns that differ in nothing but the clock are shown once, with the times of the first; each sparse column
     is still compared with the dense times of its own run.
     """
-    columns: list[Column] = []
-    dense: list[Column] = []
-    baseline: list[int] = []
+    columns: list[tuple[Column, Run]] = []
     names: list[str] = []
-    seen: dict[Any, int] = {}
+    seen: dict[Any, Column] = {}
     merged = False
-    models = {run.model.get("name") for run in runs}
+    several_models = len({run.model.get("name") for run in runs}) > 1
     for run in runs:
-        for position, column in enumerate(run.columns):
-            if position == 0:
+        for column in run.columns:
+            if column in run.denses:
                 key = (run.model.get("name"), repr(replace(column, speed=[], notes=[])))
-                place = seen.setdefault(key, len(columns))
-                if place < len(columns):
-                    merged = merged or columns[place].speed != column.speed
+                first = seen.setdefault(key, column)
+                if first is not column:
+                    merged = merged or first.speed != column.speed
                     continue
-                names.append(f"{run.model.get('name', '')} {column.name}" if len(models) > 1 else column.name)
+                names.append(f"{run.model.get('name', '')} {column.name}" if several_models else column.name)
             else:
                 names.append(f"{run.title}: {column.name}" if len(runs) > 1 and run.title else column.name)
-            columns.append(column)
-            dense.append(run.columns[0])
-            baseline.append(place)
+            columns.append((column, run))
     rows = [
-        Row(measure.group, measure.label, [_cell(measure, *pair) for pair in zip(columns, dense, strict=True)])
-        for measure in _measures(columns)
+        Row(measure.group, measure.label, [_cell(measure, column, run.denses) for column, run in columns])
+        for measure in _measures([column for column, _ in columns])
     ]
-    return Table(names, baseline, rows, merged)
+    return Table(names, rows, merged, any(len(run.denses) > 1 for run in runs))
 
 
 def verdict(run: Run) -> str:
-    """One sentence on what the run cost and gave, dense's wins included; empty without two measured columns."""
-    if len(run.columns) < 2:
+    """One sentence on what the run cost and gave, dense's wins included; empty without a dense and a sparse column."""
+    if not run.denses or not run.sparses:
         return ""
-    dense, sparse = run.columns[0], run.columns[-1]
+    dense, sparse = run.denses[0], run.sparses[-1]
     parts = []
     if dense.perplexity and sparse.perplexity:
         parts.append(f"perplexity goes from {dense.perplexity:,.2f} to {sparse.perplexity:,.2f}")
     if dense.disk_bytes and sparse.disk_bytes:
         parts.append(f"{_change(sparse.disk_bytes / dense.disk_bytes, 'smaller', 'larger')} on disk")
     for kind in ("decode", "prefill", "forward"):
-        ours, theirs = (_speed(1, kind)(column) for column in (sparse, dense))
+        ours, theirs = _speed(1, kind)(sparse), best_speed(run, kind)
         if ours and theirs:
             ratio = ours / theirs
             how = "as fast as dense" if abs(ratio - 1) <= EQUAL else f"{ratio:.2f}× the speed of dense"
-            parts.append(f"{kind} at {how}")
+            parts.append(f"{kind} at {how}" if "×" in how else f"{kind} {how}")
     if not parts:
         return ""
     kept = run.prune.get("density")
     head = f"{percent(kept)} of the weights of the pruned layers kept: " if kept is not None else ""
     text = head + ", ".join(parts)
     return f"{text[0].upper()}{text[1:]}."
+
+
+def best_speed(run: Run, kind: str, batch: int = 1) -> float | None:
+    """The fastest that any dense column of a run is."""
+    found = [speed for speed in map(_speed(batch, kind), run.denses) if speed is not None]
+    return max(found, default=None)
 
 
 def _change(ratio: float, less: str, more: str) -> str:
