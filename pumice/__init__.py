@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import Any
 
 from pumice.engine.hf import install_hook
@@ -40,3 +42,14 @@ def __dir__() -> list[str]:
 
 
 install_hook()
+
+
+class _Package(ModuleType):
+    """`pumice.prune` is a function, and the folder of that name is imported on the way: it must not hide the function."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _WHERE and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
