@@ -48,7 +48,7 @@ def obs(
     group = select.group_columns
     mask = None
     if score is not None or group is None:
-        scores = score(w_OI) if score is not None else w_OI.square() / upper.square().sum(0)
+        scores = score(w_OI) if score is not None else weight.t().square() / upper.square().sum(0)
         mask = select.whole(scores).t().contiguous()
     step = _columns_per_block(block, group)
     # N:M groups are chosen one by one, wider groups and single columns a block at a time, as in the paper.

@@ -20,4 +20,6 @@ def obs(
     compensated (SparseGPT); alone, it is taken once.
     """
     inverse, _ = damped_inverse(stats["hessian"], damp)
-    return w_OI.square() / torch.diagonal(inverse)
+    # Inputs that calibration never saw cannot matter; damping alone would give them a score.
+    seen = torch.diagonal(stats["hessian"]) > 0
+    return w_OI.square() / torch.diagonal(inverse) * seen
