@@ -17,8 +17,8 @@ MAY = {
     "engine": {"core", "weights", "prune", "kernels", "engine", "recipe"},
 }
 """Folder -> what it may import (`_native` is the compiled library)."""
-FACES = {"", "analyze"}
-"""They may import everything: files directly in the package, and what reports are made of."""
+FACES = {"", "analyze", "cli"}
+"""They may import everything: files directly in the package, the command line, and what reports are made of."""
 
 
 def folder_of(module):
@@ -101,3 +101,11 @@ def test_the_core_of_pruning_needs_no_transformers():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("first", ["import pumice.prune.run", "import pumice; pumice.methods()", "import pumice; pumice.prune"])
+def test_the_folder_prune_does_not_hide_the_function(first):
+    code = f"{first}\nimport pumice, inspect\nfrom pumice import prune\nfrom pumice.prune.axes import Axes\n"
+    code += "assert inspect.isfunction(pumice.prune) and prune is pumice.prune"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=False)
+    assert done.returncode == 0, done.stderr

@@ -139,6 +139,10 @@ def test_dead_inputs_get_zero_weights():
         assert (new[:, [0, 5, 15]] == 0).all()
         assert torch.isfinite(new).all()
         assert mask.float().mean() == 0.5
+    for pattern in ("unstructured:layer", "column", "8x1"):
+        for scorer in (None, "obs"):
+            _, mask, _ = recover("obs", draw(8, 16), stats_of(x), scorer, pattern)
+            assert not mask[:, [0, 5, 15]].any(), "what cannot matter goes first"
     every = recover("obs", draw(8, 16), {"hessian": torch.zeros(16, 16)}, None, "unstructured:layer")[0]
     assert (every == 0).all()
 
