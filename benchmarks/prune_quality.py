@@ -68,7 +68,13 @@ def rows(table: dict[tuple[float | None, str | None], dict[str, float | None]]) 
 
 SMOLLM2 = rows(
     {
-        (0.5, None): {"magnitude": 539.0, "wanda": 52.0, "sparsegpt": 42.9, "owl + sparsegpt": None, "wanda + dsnot": None},
+        (0.5, None): {
+            "magnitude": 539.0,
+            "wanda": 52.0,
+            "sparsegpt": 42.9,
+            "owl + sparsegpt": None,
+            "wanda + dsnot": None,
+        },
         (0.3, None): {
             "wanda": 928.0,
             "owl + wanda": 714.0,
@@ -119,7 +125,10 @@ def stories(shared: Path) -> tuple[nn.Module, torch.Tensor, torch.Tensor, bool]:
     return loaded.model, calibration, data.windows_from_documents(second, loaded.tokenizer, 192, 256), False
 
 
-MODELS: dict[str, tuple[Callable[[Path], Any], list[Row]]] = {"stories15m": (stories, STORIES), "smollm2-135m": (smollm2, SMOLLM2)}
+MODELS: dict[str, tuple[Callable[[Path], Any], list[Row]]] = {
+    "stories15m": (stories, STORIES),
+    "smollm2-135m": (smollm2, SMOLLM2),
+}
 
 
 @contextmanager

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pumice.engine.hf import install_hook
+
+if TYPE_CHECKING:
+    from pumice.core.errors import PumiceError as PumiceError
+    from pumice.core.registry import methods as methods
+    from pumice.engine.bench import bench as bench
+    from pumice.engine.evaluate import evaluate as evaluate
+    from pumice.engine.export import export as export
+    from pumice.engine.generate import generate as generate
+    from pumice.engine.pack import describe as describe
+    from pumice.engine.pack import pack as pack
+    from pumice.engine.pack import unpack as unpack
+    from pumice.engine.prune import prune as prune
+    from pumice.engine.store import load as load
+    from pumice.engine.store import save as save
 
 __version__ = "0.1.0"
 
@@ -42,14 +54,3 @@ def __dir__() -> list[str]:
 
 
 install_hook()
-
-
-class _Package(ModuleType):
-    """`pumice.prune` is a function, and the folder of that name is imported on the way: it must not hide the function."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _WHERE and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

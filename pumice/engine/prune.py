@@ -22,13 +22,15 @@ from pumice.engine.store import model_config, save_companions, tied_parameters
 from pumice.engine.writer import Writer
 from pumice.prune.axes import Axes
 from pumice.prune.run import LayerResult, Pruner, PruneResult
-from pumice.recipe import resolve
+from pumice.recipe import Recipe, find, resolve
 from pumice.weights.patterns.base import Pattern
+
+RUN_DEFAULTS = {"seed": 0, "samples": 64, "seqlen": 1024, "data": None, "compute": "auto"}
 
 
 def prune(
     model: nn.Module | str | Path,
-    method: str = "auto",
+    method: str | Path | Recipe = "auto",
     *,
     density: float | None = None,
     pattern: str | Pattern | None = None,
@@ -36,14 +38,14 @@ def prune(
     out: str | Path | None = None,
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] = DEFAULT_IGNORE,
-    seed: int = 0,
+    seed: int | None = None,
     score: Any = None,
     recover: Any = None,
     allocation: Any = None,
     tokenizer: Any = None,
-    samples: int = 64,
-    seqlen: int = 1024,
-    compute: str = "auto",
+    samples: int | None = None,
+    seqlen: int | None = None,
+    compute: str | None = None,
     device: str = "cpu",
     dtype: str = "auto",
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
@@ -56,16 +58,17 @@ def prune(
     Args:
         model: any module (changed in place), or a Hugging Face id, folder or GGUF file (then `out` is required; a
             folder of safetensors is streamed, so that it may be larger than memory).
-        method: a recipe or score (`pumice methods` lists them); the axes below override what it says.
+        method: a recipe or score (`pumice methods` lists them), a recipe's YAML file, or a `Recipe`; what is given
+            below overrides what it says.
         density: share of the weights of each pruned layer to keep; N:M patterns imply theirs.
         pattern: "unstructured", "2:4", "16x32", "row", "column", …
         data: calibration data: text file, Hugging Face dataset, token ids, batches or a DataLoader; None takes a text
             that every Python has.
         targets, ignore: patterns of layer names to prune, to leave dense.
         score, recover, allocation: names, or `{"name": …, option: …}`.
-        samples, seqlen: calibration windows and their length in tokens.
-        compute: "float32", or "bfloat16" matrix products while calibrating; "auto" takes bfloat16 for models of 50
-            million parameters and more where the machine multiplies it natively.
+        samples, seqlen: calibration windows (64) and their length in tokens (1024, or the model's context).
+        compute: "float32", or "bfloat16" matrix products while calibrating; "auto" (the default) takes bfloat16 for
+            models of 50 million parameters and more where the machine multiplies it natively.
         device, dtype: where and in which type a `model` given by name is loaded.
         loss: `f(model, batch)` for gradient scores of models that return no loss.
         resume: go on with an interrupted run to the same `out`.
@@ -90,7 +93,10 @@ def prune(
             ignore=ignore,
         )
     )
-    settings = {"seed": seed, "samples": samples, "seqlen": seqlen, "data": _name_of(data)}
+    given = {"seed": seed, "samples": samples, "seqlen": seqlen, "data": data, "compute": compute}
+    settings = {**RUN_DEFAULTS, **find(method).run(), **{k: v for k, v in given.items() if v is not None}}
+    data, compute = settings.pop("data"), settings.pop("compute")
+    settings["data"] = _name_of(data)
     job = _Job(axes, settings, out, tokenizer, data, compute, loss, resume, overwrite, progress)
     if isinstance(model, nn.Module):
         return job.in_memory(model, getattr(model, "name_or_path", "") or type(model).__name__)
