@@ -83,6 +83,11 @@ def _(w_OI: Tensor, values: Tensor, structure: Sequence[Tensor], layout: str, pa
     return w_OI.new_empty(values.shape)
 
 
+def _no_grad(params: Sequence[int]) -> list[None] | None:
+    # PyTorch wants a list for a list, and takes an empty one for a list of tensors.
+    return None if params else []
+
+
 def _unpack_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     values, structure, ctx.layout, _, ctx.params = inputs
     ctx.save_for_backward(values, *structure)
@@ -90,7 +95,8 @@ def _unpack_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _unpack_backward(ctx: Any, grad_OI: Tensor) -> tuple[Any, ...]:
     values, *structure = ctx.saved_tensors
-    return sample(grad_OI, values, structure, ctx.layout, ctx.params), None, None, None, None
+    grad = sample(grad_OI, values, structure, ctx.layout, ctx.params)
+    return grad, [None] * len(structure), None, None, _no_grad(ctx.params)
 
 
 def _sample_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -101,7 +107,9 @@ def _sample_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _sample_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     # The transpose of picking places is putting back into them.
-    return unpack(grad.contiguous(), list(ctx.saved_tensors), ctx.layout, ctx.shape, ctx.params), None, None, None, None
+    structure = list(ctx.saved_tensors)
+    grad_OI = unpack(grad.contiguous(), structure, ctx.layout, ctx.shape, ctx.params)
+    return grad_OI, None, [None] * len(structure), None, _no_grad(ctx.params)
 
 
 unpack.register_autograd(_unpack_backward, setup_context=_unpack_context)

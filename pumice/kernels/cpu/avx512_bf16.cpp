@@ -2,8 +2,9 @@
 // in pairs by vdpbf16ps into fp32 sums. vpexpandw works on a loaded register; its form that reads memory is slow.
 #include "kernels.h"
 
+// GCC before 10 does not know the set; MSVC has no cast to its type of bf16 pairs.
 #if (defined(__x86_64__) || defined(_M_X64)) && !defined(PUMICE_PORTABLE_ONLY) && \
-    (!defined(__GNUC__) || defined(__clang__) || __GNUC__ >= 10)
+    (defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 10))
 #include <immintrin.h>
 
 #if defined(__clang__)
@@ -60,8 +61,9 @@ struct Bf16Sums {
   template <class T, int M, int N>
   static void dot(const BF16* const* values, int64_t ahead, const uint8_t* mask, int64_t mask_stride, const BF16* x,
                   int64_t stride, int64_t I, float (*sums)[N]) {
-    constexpr int U = M * N == 1 ? 8 : M * N <= 4 ? 4 : M * N <= 8 ? 2 : 1;  // sums in flight, for vdpbf16ps's latency
-    constexpr int W = U < 2 ? 1 : U / 2;                                    // words per turn
+    // Sums in flight, to hide the latency of vdpbf16ps. Not by M, or the last bit of y would depend on the threads.
+    constexpr int U = N == 1 ? 8 : N == 2 ? 4 : N <= 4 ? 2 : 1;
+    constexpr int W = U < 2 ? 1 : U / 2;  // words per turn
     __m512 acc[M][N][U];
     const BF16* p[M];
     PUMICE_UNROLL

@@ -59,7 +59,8 @@ struct Fp32Sums {
   template <class T, int M, int N>
   static void dot(const T* const* values, int64_t ahead, const uint8_t* mask, int64_t mask_stride, const float* x,
                   int64_t stride, int64_t I, float (*sums)[N]) {
-    constexpr int U = M * N <= 4 ? 4 : M * N <= 8 ? 2 : 1;  // sums in flight, to hide the latency of an FMA
+    // Sums in flight, to hide the latency of an FMA. Not by M, or the last bit of y would depend on the threads.
+    constexpr int U = N <= 2 ? 4 : N <= 4 ? 2 : 1;
     __m512 acc[M][N][U];
     const T* p[M];
     PUMICE_UNROLL
