@@ -41,12 +41,17 @@ _WHERE = {
 __all__ = [*_WHERE, "__version__"]
 
 
+def public(name: str) -> Any:
+    """The public function or class of that name, imported now."""
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'pumice' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_WHERE[name]), name)
-    globals()[name] = value
-    return value
+    value = public(name)
+    # A folder of the same name (prune) is bound by its import, can be called, and stays: both uses then work.
+    return globals().setdefault(name, value)
 
 
 def __dir__() -> list[str]:

@@ -106,6 +106,8 @@ def test_the_core_of_pruning_needs_no_transformers():
 @pytest.mark.parametrize("first", ["import pumice.prune.run", "import pumice; pumice.methods()", "import pumice; pumice.prune"])
 def test_the_folder_prune_does_not_hide_the_function(first):
     code = f"{first}\nimport pumice, inspect\nfrom pumice import prune\nfrom pumice.prune.axes import Axes\n"
-    code += "assert inspect.isfunction(pumice.prune) and prune is pumice.prune"
+    code += "import pumice.prune.axes as axes\n"
+    code += "assert callable(pumice.prune) and prune is pumice.prune and axes.Axes is Axes\n"
+    code += "assert 'density' in inspect.signature(pumice.prune).parameters"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=False)
     assert done.returncode == 0, done.stderr
