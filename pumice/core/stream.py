@@ -8,8 +8,7 @@ unit. Where a segment ends (another stack, a pooling, a branch), the next one's 
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -18,6 +17,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from pumice.core.calls import (
+    CallRecord,
+    call_model,
+    hidden_of,
+    leaves,
+    like,
+    record_of,
+    same,
+    tensors,
+    token_mask,
+    version,
+)
 from pumice.core.errors import PumiceError
 from pumice.core.stats import Capture, EndOfPass, evaluating
 from pumice.core.view import WeightView
@@ -79,90 +90,6 @@ def find_units(model: nn.Module, views: Sequence[WeightView]) -> list[Unit]:
     return list(units.values())
 
 
-def hidden_of(output: Any) -> Tensor:
-    """The hidden state in what a block returned."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, list | tuple):
-        return output[0]
-    if isinstance(output, Mapping):
-        return next(iter(output.values()))
-    raise PumiceError(f"a block returned {type(output).__name__}; only tensors, tuples and mappings can be followed.")
-
-
-def _like(output: Any, hidden: Tensor) -> Any:
-    """`hidden` in the wrapping that the block's callers expect."""
-    if isinstance(output, list | tuple):
-        return type(output)((hidden, *output[1:])) if type(output) in (list, tuple) else type(output)(hidden, *output[1:])
-    if isinstance(output, Mapping):
-        wrapped = copy.copy(output)
-        wrapped[next(iter(output))] = hidden  # type: ignore[index]
-        return wrapped
-    return hidden
-
-
-def _leaves(values: Any) -> Iterator[Any]:
-    """Tensors and everything else that is no container, in order."""
-    if isinstance(values, Mapping):
-        values = list(values.values())
-    if isinstance(values, list | tuple):
-        for value in values:
-            yield from _leaves(value)
-    else:
-        yield values
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    return (value for value in _leaves(values) if isinstance(value, Tensor))
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two arguments are equal; objects that are neither tensors nor plain values count as equal."""
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
-    plain = (int, float, str, type(None))
-    return a == b if isinstance(a, plain) or isinstance(b, plain) else True
-
-
-def _version(tensor: Tensor) -> int:
-    """Counts the changes in place; -1 where torch does not count them."""
-    return -1 if tensor.is_inference() else tensor._version
-
-
-@dataclass
-class _CallRecord:
-    """Arguments of one call of a unit; `hidden` stands in the place `where` (a position, a keyword, or nowhere)."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    where: int | str | None
-
-    def hidden(self) -> Tensor:
-        if self.where is None:
-            return torch.empty(0)
-        return self.args[self.where] if isinstance(self.where, int) else self.kwargs[self.where]
-
-    def with_hidden(self, hidden: Tensor | None) -> _CallRecord:
-        if isinstance(self.where, int):
-            return _CallRecord((*self.args[: self.where], hidden, *self.args[self.where + 1 :]), self.kwargs, self.where)
-        if self.where is None:
-            return self
-        return _CallRecord(self.args, {**self.kwargs, self.where: hidden}, self.where)
-
-    def without_hidden(self) -> _CallRecord:
-        return self.with_hidden(None)
-
-    def call(self, module: nn.Module, hidden: Tensor) -> Any:
-        whole = self.with_hidden(hidden)
-        return module(*whole.args, **whole.kwargs)
-
-
-def _record(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _CallRecord:
-    position = next((index for index, value in enumerate(args) if isinstance(value, Tensor)), None)
-    keyword = next((key for key, value in kwargs.items() if isinstance(value, Tensor)), None)
-    return _CallRecord(args, dict(kwargs), keyword if position is None else position)
-
-
 @contextmanager
 def _hooks(handles: list[Any]) -> Iterator[None]:
     try:
@@ -170,25 +97,6 @@ def _hooks(handles: list[Any]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def call_model(model: nn.Module, batch: Any) -> Any:
-    """One forward pass: mappings as keywords (without labels), tuples as positions, a tensor alone."""
-    config = getattr(model, "config", None)
-    configs = (config, getattr(config, "text_config", None))
-    # A cache would grow by every replay of a block.
-    more = {"use_cache": False} if any(getattr(c, "use_cache", None) for c in configs) else {}
-    if isinstance(batch, Mapping):
-        return model(**{**more, **{key: value for key, value in batch.items() if key != "labels"}})
-    if isinstance(batch, list | tuple):
-        return model(*batch, **more)
-    return model(batch, **more)
-
-
-def token_mask(batch: Any) -> Tensor | None:
-    """The padding mask of a batch, when it has one that masks something."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all()) else None
 
 
 Collect = Callable[[frozenset[str]], dict[str, dict[str, Tensor]]]
@@ -262,19 +170,19 @@ class Stream:
         """Units in the order of execution, with `chained` set, from one pass of the first batch."""
         order: list[Unit] = []
         outputs: dict[int, tuple[int, bool, int]] = {}
-        self._probed: dict[str, _CallRecord] = {}
+        self._probed: dict[str, CallRecord] = {}
         keep: list[Any] = []
         calls: dict[str, int] = {}
 
         def before(unit: Unit) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
                 calls[unit.name] = calls.get(unit.name, 0) + 1
-                record = _record(args, kwargs)
+                record = record_of(args, kwargs)
                 rest = record.without_hidden()
                 previous = outputs.get(id(record.hidden()))
-                strangers = any(id(t) in outputs for t in _tensors([rest.args, rest.kwargs]))
+                strangers = any(id(t) in outputs for t in tensors([rest.args, rest.kwargs]))
                 # A tensor that was changed in place on its way is not what the unit before returned.
-                handed_on = (len(order) - 1, True, max(0, _version(record.hidden())))
+                handed_on = (len(order) - 1, True, max(0, version(record.hidden())))
                 unit.chained = bool(order) and previous == handed_on and not strangers
                 if calls[unit.name] == 1:
                     order.append(unit)
@@ -287,9 +195,9 @@ class Stream:
         def after(unit: Unit) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
                 keep.append(output)
-                self._wrapping[unit.name] = _like(output, torch.empty(0))
-                for tensor in _tensors(output):
-                    outputs[id(tensor)] = (order.index(unit), tensor is hidden_of(output), _version(tensor))
+                self._wrapping[unit.name] = like(output, torch.empty(0))
+                for tensor in tensors(output):
+                    outputs[id(tensor)] = (order.index(unit), tensor is hidden_of(output), version(tensor))
 
             return hook
 
@@ -318,9 +226,9 @@ class Stream:
                 records = {}
             for unit in run[1:]:
                 seen = [r.without_hidden() for r in records.get(unit.name, [])]
-                truth = list(_leaves([self._probed[unit.name].args, self._probed[unit.name].kwargs]))
-                found = list(_leaves([seen[0].args, seen[0].kwargs])) if len(seen) == 1 else []
-                unit.chained = len(found) == len(truth) and all(map(_same, found, truth))
+                truth = list(leaves([self._probed[unit.name].args, self._probed[unit.name].kwargs]))
+                found = list(leaves([seen[0].args, seen[0].kwargs])) if len(seen) == 1 else []
+                unit.chained = len(found) == len(truth) and all(map(same, found, truth))
         self._probed.clear()
 
     def segments(self) -> list[list[Unit]]:
@@ -333,21 +241,21 @@ class Stream:
                 runs.append([unit])
         return runs
 
-    def _enter(self, run: list[Unit], batch: Any) -> dict[str, list[_CallRecord]]:
+    def _enter(self, run: list[Unit], batch: Any) -> dict[str, list[CallRecord]]:
         """How one full pass calls the units of a segment; they are passed over, since only their arguments matter."""
-        records: dict[str, list[_CallRecord]] = {unit.name: [] for unit in run}
+        records: dict[str, list[CallRecord]] = {unit.name: [] for unit in run}
         originals = {unit.name: unit.module.__dict__.get("forward") for unit in run}
 
         def recorder(unit: Unit, true_forward: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                record = _record(args, kwargs)
+                record = record_of(args, kwargs)
                 if unit.name in self._repeated:
                     records[unit.name].append(record.with_hidden(record.hidden().clone()))
                     return true_forward(*args, **kwargs)
                 records[unit.name].append(record)
                 if unit is run[-1]:
                     raise EndOfPass
-                return _like(self._wrapping[unit.name], record.hidden())
+                return like(self._wrapping[unit.name], record.hidden())
 
             return forward
 
@@ -380,7 +288,7 @@ class Stream:
                 self._walk_segment(run, visit)
 
     def _walk_segment(self, run: list[Unit], visit: Visit) -> None:
-        calls: dict[str, list[list[_CallRecord]]] = {unit.name: [] for unit in run}
+        calls: dict[str, list[list[CallRecord]]] = {unit.name: [] for unit in run}
         hidden: list[list[Tensor]] = []
         for batch in self.batches:
             records = self._enter(run, batch)
@@ -403,7 +311,7 @@ class Stream:
         return hidden.float() if self.compute == torch.bfloat16 and hidden.is_floating_point() else hidden
 
     def _collect(
-        self, unit: Unit, calls: list[list[_CallRecord]], hidden: list[list[Tensor]], needs: frozenset[str]
+        self, unit: Unit, calls: list[list[CallRecord]], hidden: list[list[Tensor]], needs: frozenset[str]
     ) -> dict[str, dict[str, Tensor]]:
         for share in (True, False):
             capture = Capture(
@@ -424,7 +332,7 @@ class Stream:
                 break
         return capture.finish()
 
-    def _advance(self, unit: Unit, calls: list[list[_CallRecord]], hidden: list[list[Tensor]]) -> None:
+    def _advance(self, unit: Unit, calls: list[list[CallRecord]], hidden: list[list[Tensor]]) -> None:
         for index, (batch_calls, states) in enumerate(zip(calls, hidden, strict=True)):
             hidden[index] = [
                 hidden_of(record.call(unit.module, state)) for record, state in zip(batch_calls, states, strict=True)
