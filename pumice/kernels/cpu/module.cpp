@@ -6,6 +6,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include "attention.h"
 #include "features.h"
 #include "gram.h"
 #include "kernels.h"
@@ -308,6 +309,19 @@ PyObject* gram_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyBool_FromLong(done);
 }
 
+// attention(q, k, v, out, packed, heads, T, D, scale in millionths, causal) -> whether this CPU could
+PyObject* attention_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long v[10];
+  if (!integers(args, count, 10, v)) return nullptr;
+  int result;
+  Py_BEGIN_ALLOW_THREADS
+  result = attention(address<uint16_t>(v[0]), address<uint16_t>(v[1]), address<uint16_t>(v[2]), (uint16_t*)(intptr_t)v[3],
+                     (uint32_t*)(intptr_t)v[4], v[5], v[6], v[7], (float)((double)v[8] * 1e-6), v[9] != 0);
+  Py_END_ALLOW_THREADS
+  if (result == 2) return PyErr_NoMemory();
+  return PyBool_FromLong(result == 0);
+}
+
 // features() -> what the CPU has, as a list of names
 PyObject* features(PyObject*, PyObject*) {
   const char* names[kMostFeatures];
@@ -370,6 +384,8 @@ PyMethodDef methods[] = {
     {"run", fast(run), METH_FASTCALL, "(plan, x, rows, y, threads)"},
     {"expand", fast(expand), METH_FASTCALL, "(plan, begin, end, out, threads)"},
     {"gram", fast(gram_of), METH_FASTCALL, "(x, T, I, sum, packed) -> whether this CPU could"},
+    {"attention", fast(attention_of), METH_FASTCALL,
+     "(q, k, v, out, packed, heads, T, D, scale in millionths, causal) -> whether this CPU could"},
     {"row_starts", fast(row_starts), METH_FASTCALL, "(mask, O, I, out)"},
     {"features", features, METH_NOARGS, "Features of this CPU that kernels ask for."},
     {"kernels", kernels, METH_NOARGS, "Sets of kernels and the first feature that each misses here."},
