@@ -27,7 +27,9 @@ def hidden_of(output: Any) -> Tensor:
 def like(output: Any, hidden: Tensor) -> Any:
     """`hidden` in the wrapping that the block's callers expect."""
     if isinstance(output, list | tuple):
-        return type(output)((hidden, *output[1:])) if type(output) in (list, tuple) else type(output)(hidden, *output[1:])
+        return (
+            type(output)((hidden, *output[1:])) if type(output) in (list, tuple) else type(output)(hidden, *output[1:])
+        )
     if isinstance(output, Mapping):
         wrapped = copy.copy(output)
         wrapped[next(iter(output))] = hidden  # type: ignore[index]

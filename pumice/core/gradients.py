@@ -34,7 +34,9 @@ def loss_of(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
             ids = inputs["input_ids"]
             inputs["labels"] = ids if mask is None or mask.shape != ids.shape else ids.masked_fill(mask == 0, -100)
         value = getattr(model(**inputs), "loss", None)
-    elif isinstance(batch, Mapping) and isinstance(labels := batch.get("labels"), Tensor) and labels.dtype == torch.long:
+    elif (
+        isinstance(batch, Mapping) and isinstance(labels := batch.get("labels"), Tensor) and labels.dtype == torch.long
+    ):
         output = model(**{name: value for name, value in batch.items() if name != "labels"})
         value = F.cross_entropy(output, labels) if isinstance(output, Tensor) else None
     if value is None:
@@ -46,7 +48,11 @@ def loss_of(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
 
 
 def model_stats(
-    model: nn.Module, views: Sequence[WeightView], batches: Iterable[Any], needs: frozenset[str], loss: Loss | None = None
+    model: nn.Module,
+    views: Sequence[WeightView],
+    batches: Iterable[Any],
+    needs: frozenset[str],
+    loss: Loss | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """Gradient statistics of every view over the whole model, by view name.
 
@@ -81,12 +87,15 @@ def model_stats(
             parameter.requires_grad_(flag)
             parameter.grad = gradient
     found = {
-        view.name: {name: view.as_matrix(sums[name][id(view.tensor)] / max(count, 1)) for name in needs} for view in views
+        view.name: {name: view.as_matrix(sums[name][id(view.tensor)] / max(count, 1)) for name in needs}
+        for view in views
     }
     for view_name, stats in found.items():
         for name, value in stats.items():
             if not torch.isfinite(value).all():
-                raise PumiceError(f"calibration: the {name} of layer {view_name} holds NaN or Inf; try --dtype float32.")
+                raise PumiceError(
+                    f"calibration: the {name} of layer {view_name} holds NaN or Inf; try --dtype float32."
+                )
     return found
 
 

@@ -148,7 +148,9 @@ class Family:
                     f"{self.name} {name!r} is registered twice, in {old.obj.__module__} and {obj.__module__}: rename one."
                 )
             if not inspect.getdoc(obj):
-                raise PumiceError(f"{self.name} {name!r} in {obj.__module__} has no docstring: say in one sentence what it does.")
+                raise PumiceError(
+                    f"{self.name} {name!r} in {obj.__module__} has no docstring: say in one sentence what it does."
+                )
             self._members[name] = MethodInfo(
                 self.name, name, obj, key, paper, tuple(needs), {**self.extras, **extras}, _options(obj)
             )

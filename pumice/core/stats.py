@@ -167,7 +167,13 @@ class Capture(TorchFunctionMode):
     """
 
     def __init__(
-        self, views: Sequence[WeightView], needs: frozenset[str], *, batches: int, bf16: bool = False, share: bool = True
+        self,
+        views: Sequence[WeightView],
+        needs: frozenset[str],
+        *,
+        batches: int,
+        bf16: bool = False,
+        share: bool = True,
     ) -> None:
         super().__init__()
         self.views, self.needs, self.bf16, self.share = list(views), needs, bf16, share

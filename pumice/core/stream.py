@@ -9,7 +9,7 @@ unit. Where a segment ends (another stack, a pooling, a branch), the next one's 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Protocol
@@ -30,6 +30,7 @@ from pumice.core.calls import (
     version,
 )
 from pumice.core.errors import PumiceError
+from pumice.core.precision import products
 from pumice.core.stats import Capture, EndOfPass, evaluating
 from pumice.core.view import WeightView
 
@@ -147,11 +148,8 @@ class Stream:
                 if experts is not None:
                     config._experts_implementation = experts  # type: ignore[union-attr]
 
-    def _precision(self) -> AbstractContextManager[Any]:
-        """Autocast for one stretch of forward passes only: it caches weights in bf16, which must not outlive a change."""
-        if self.compute == torch.bfloat16:
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return nullcontext()
+    def _precision(self) -> AbstractContextManager[None]:
+        return products(self.device.type, self.compute)
 
     def _loading(self, units: Sequence[Unit]) -> list[Any]:
         handles = []

@@ -68,7 +68,9 @@ class WeightView:
         w = self.matrix().to(torch.float32, copy=True)
         if not torch.isfinite(w).all():
             bad = int((~torch.isfinite(w)).sum())
-            raise PumiceError(f"layer {self.name} holds {bad} NaN or Inf weights: repair the checkpoint or ignore the layer.")
+            raise PumiceError(
+                f"layer {self.name} holds {bad} NaN or Inf weights: repair the checkpoint or ignore the layer."
+            )
         return w
 
     def write(self, w_OI: Tensor) -> None:

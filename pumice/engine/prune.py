@@ -184,11 +184,7 @@ class _Job:
         views = find_views(model, self.axes.targets, self.axes.ignore)
         self.axes.check_views(views)
         with self._writer(model, source) as writer:
-            done = self._finished(writer)
-            for name in done:
-                for key, tensor in parameters_of(writer, name):
-                    put(model, key, tensor)
-            return self._run(model, writer, done, InMemory())
+            return self._run(model, writer, InMemory())
 
     def from_name(self, name: str | Path, device: str, dtype: str) -> PruneResult:
         """Prune a model given by name: streamed from disk where that is possible, else loaded."""
@@ -210,7 +206,7 @@ class _Job:
         with self._writer(model, str(name)) as writer:
             load_rest(model, shards, names, units)
             source = DiskSource(model, shards, names, writer)
-            return self._run(model, writer, self._finished(writer), source)
+            return self._run(model, writer, source)
 
     def _writer(self, model: nn.Module, source: str) -> Writer:
         assert self.out is not None
@@ -233,15 +229,23 @@ class _Job:
         stored = writer.progress.get("results", {})
         return {name: [_layer_result(row) for row in stored[name]] for name in writer.done if name in stored}
 
-    def _run(self, model: nn.Module, writer: Writer, done: dict[str, list[LayerResult]], source: Source) -> PruneResult:
+    def _run(self, model: nn.Module, writer: Writer, source: Source) -> PruneResult:
+        done = self._finished(writer)
         results = {name: [asdict(row) for row in rows] for name, rows in done.items()}
 
         def finished(unit: Unit, rows: list[LayerResult]) -> None:
             results[unit.name] = [asdict(row) for row in rows]
             writer.add_module(unit.name, unit.module)
-            writer.commit(fingerprint=self.fingerprint, results=results)
+            writer.commit(fingerprint=self.fingerprint, results=results, densities=pruner.densities)
 
-        result = self._pruner(model, self.batches(model), source=source, finished=finished, done=done).run()
+        before = writer.progress.get("densities")
+        pruner = self._pruner(model, self.batches(model), source=source, finished=finished, done=done, densities=before)
+        pruner.measure_dense()
+        if isinstance(source, InMemory):
+            for name in done:
+                for key, tensor in parameters_of(writer, name):
+                    put(model, key, tensor)
+        result = pruner.run()
         for name, module in model.named_modules():
             if not any(name == unit or name.startswith(f"{unit}.") for unit in writer.done):
                 writer.add_own(name, module)

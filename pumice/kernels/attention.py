@@ -62,4 +62,6 @@ def _prepare_native(settings: Any, _: Tensor | None) -> Run:
 
 
 register(Backend("torch", "attention", "dense", lambda call: None, _prepare_torch, 10, "PyTorch"))
-register(Backend("avx512_bf16", "attention", "dense", _refuse_native, _prepare_native, 20, "C++: bf16, sums in float32"))
+register(
+    Backend("avx512_bf16", "attention", "dense", _refuse_native, _prepare_native, 20, "C++: bf16, sums in float32")
+)

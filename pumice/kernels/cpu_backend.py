@@ -55,7 +55,8 @@ def instruction_sets() -> dict[str, str | None]:
     has = ", ".join(native.features()) or "none of the known ones"
     lacks = {"code": "this build was compiled without it"}
     return {
-        name: None if gap is None else lacks.get(gap, f"needs {gap}, this CPU has {has}") for name, gap in native.kernels()
+        name: None if gap is None else lacks.get(gap, f"needs {gap}, this CPU has {has}")
+        for name, gap in native.kernels()
     }
 
 
@@ -70,7 +71,9 @@ def force(name: str | None) -> None:
     known = instruction_sets()
     if name is not None and known.get(name, "no such set") is not None:
         able = ", ".join(key for key, reason in known.items() if reason is None)
-        raise PumiceError(f"instruction set {name!r} cannot run here ({known.get(name, 'unknown')}): choose one of {able}.")
+        raise PumiceError(
+            f"instruction set {name!r} cannot run here ({known.get(name, 'unknown')}): choose one of {able}."
+        )
     native.force(name)
 
 
@@ -129,7 +132,12 @@ class Plan:
                 head = (values.data_ptr(), values.numel(), stored["bitmask"].data_ptr(), starts.data_ptr())
                 self.handle = native.plan_bitmask(*head, *common, CODES[packed.dtype])
             else:
-                head = (values.data_ptr(), values.shape[0], stored["columns"].data_ptr(), stored["row_starts"].data_ptr())
+                head = (
+                    values.data_ptr(),
+                    values.shape[0],
+                    stored["columns"].data_ptr(),
+                    stored["row_starts"].data_ptr(),
+                )
                 size = packed.params["r"], packed.params["c"]
                 self.handle = native.plan_block(*head, *common, *size, CODES[packed.dtype])
         except ValueError as error:
@@ -220,8 +228,12 @@ def _prepare_panel(packed: Packed, bias: Tensor | None) -> Run:
 
 for _layout in ("bitmask", "block"):
     register(
-        Backend("decode", "linear", _layout, _refuse_decode, _prepare_decode, 30, "C++: weights streamed once, few rows")
+        Backend(
+            "decode", "linear", _layout, _refuse_decode, _prepare_decode, 30, "C++: weights streamed once, few rows"
+        )
     )
     register(
-        Backend("panel", "linear", _layout, _refuse_panel, _prepare_panel, 20, "C++ expands some rows, then dense product")
+        Backend(
+            "panel", "linear", _layout, _refuse_panel, _prepare_panel, 20, "C++ expands some rows, then dense product"
+        )
     )

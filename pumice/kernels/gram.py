@@ -43,7 +43,8 @@ def _refuse_native(call: Call) -> str | None:
 def _prepare_native(sum_II: Any, _: Tensor | None) -> Run:
     width = sum_II.shape[0]
     blocks = -(-width // TILE)
-    assert sum_II.is_contiguous() and sum_II.dtype == torch.float32
+    assert sum_II.is_contiguous()
+    assert sum_II.dtype == torch.float32
 
     def run(x_TI: Tensor) -> Tensor:
         x_TI = x_TI.to(torch.float32).contiguous()

@@ -109,10 +109,14 @@ def _prepare_csr(packed: Packed, bias: Tensor | None) -> Run:
 
 register(Backend("torch", "linear", "dense", _anything, _prepare_dense, 10, "F.linear on the dense weight"))
 register(
-    Backend("onednn", "linear", "dense", _refuse_onednn, _prepare_onednn, 5, "oneDNN, weight copied in its blocked order")
+    Backend(
+        "onednn", "linear", "dense", _refuse_onednn, _prepare_onednn, 5, "oneDNN, weight copied in its blocked order"
+    )
 )
 register(Backend("mkl", "linear", "csr", _refuse_csr, _prepare_csr, 20, "MKL's sparse CSR product"))
 for _layout in LAYOUTS:
     register(
-        Backend("unpack", "linear", _layout, _anything, _prepare_unpack, 0, "unpacks to dense at every call, then F.linear")
+        Backend(
+            "unpack", "linear", _layout, _anything, _prepare_unpack, 0, "unpacks to dense at every call, then F.linear"
+        )
     )

@@ -19,11 +19,18 @@ from pumice.kernels import cpu_backend, reference
 from pumice.weights.layouts.base import Packed
 
 # Of each layout: the tensors beside `values` that say where they stand, and its parameters, in the operators' order.
-STRUCTURE = {"bitmask": ("bitmask",), "nm": ("codes",), "block": ("columns", "row_starts"), "csr": ("columns", "row_starts")}
+STRUCTURE = {
+    "bitmask": ("bitmask",),
+    "nm": ("codes",),
+    "block": ("columns", "row_starts"),
+    "csr": ("columns", "row_starts"),
+}
 PARAMS = {"bitmask": (), "nm": ("n", "m"), "block": (), "csr": ()}
 
 
-def _packed(layout: str, shape: Sequence[int], values: Tensor, structure: Sequence[Tensor], params: Sequence[int]) -> Packed:
+def _packed(
+    layout: str, shape: Sequence[int], values: Tensor, structure: Sequence[Tensor], params: Sequence[int]
+) -> Packed:
     tensors = {"values": values, **dict(zip(STRUCTURE[layout], structure, strict=True))}
     named = dict(zip(PARAMS[layout], params, strict=True))
     if layout == "block":
@@ -57,7 +64,9 @@ def _(bitmask: Tensor, width: int) -> Tensor:
     mutates_args=(),
     schema="(Tensor values, Tensor[] structure, str layout, SymInt[] shape, int[] params) -> Tensor",
 )
-def unpack(values: Tensor, structure: Sequence[Tensor], layout: str, shape: Sequence[int], params: Sequence[int]) -> Tensor:
+def unpack(
+    values: Tensor, structure: Sequence[Tensor], layout: str, shape: Sequence[int], params: Sequence[int]
+) -> Tensor:
     """The dense matrix w_OI of a stored one."""
     return reference.unpack(_packed(layout, shape, values, structure, params)).clone()
 
@@ -236,7 +245,12 @@ def _rows_and_columns(op: Callable[..., Tensor]) -> Callable[[Packed, Tensor | N
     return run
 
 
-TRACED = {"bitmask": _bitmask, "nm": _nm, "block": _rows_and_columns(linear_block), "csr": _rows_and_columns(linear_csr)}
+TRACED = {
+    "bitmask": _bitmask,
+    "nm": _nm,
+    "block": _rows_and_columns(linear_block),
+    "csr": _rows_and_columns(linear_csr),
+}
 
 
 def traced_linear(packed: Packed, bias: Tensor | None, x: Tensor) -> Tensor:

@@ -93,6 +93,7 @@ class Pruner:
         loss: `f(model, batch) -> scalar` for gradient statistics of models that return no loss.
         finished: called after each unit with its layer results (to write it away).
         done: units that an earlier, interrupted run finished: name -> their results. They only feed the next ones.
+        densities: the layers' densities as that run had allocated them, since the model is no longer dense.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class Pruner:
         progress: bool = True,
         finished: Callable[[Unit, list[LayerResult]], None] | None = None,
         done: dict[str, list[LayerResult]] | None = None,
+        densities: dict[str, float] | None = None,
     ) -> None:
         self.model, self.axes, self.batches, self.compute = model, axes, list(batches), compute
         self.source, self.loss, self.seed, self.progress = source or InMemory(), loss, seed, progress
@@ -117,22 +119,38 @@ class Pruner:
         self.layer_needs, self.model_needs = split_needs(axes.needs)
         if axes.needs_data and not self.batches:
             wanted = ", ".join(sorted((axes.needs | set(axes.allocation.info.needs)) - {"random"}))
-            raise PumiceError(f"data=None: method {axes.name!r} measures {wanted} and needs calibration data; pass data=….")
+            raise PumiceError(
+                f"data=None: method {axes.name!r} measures {wanted} and needs calibration data; pass data=…."
+            )
         self.notes: list[str] = []
         self._whole: dict[str, dict[str, Tensor]] = {}
-        self._densities: dict[str, float] = {}
+        self.densities = dict(densities or {})
+
+    def measure_dense(self) -> None:
+        """Take what is known of the dense model only: whole-model gradients, and densities where they are not given.
+
+        `run` does this first; a resumed run in memory calls it before it puts the finished units in.
+        """
+        if self.model_needs and not self._whole:
+            self._whole = self._model_stats()
+        if self.densities:
+            return
+        stream = self._stream()
+        units = stream.units + stream.unreached if stream else find_units(self.model, self.views)
+        self.densities = self._allocate(units, stream)
+
+    def _stream(self) -> Stream | None:
+        if not self.batches:
+            return None
+        return Stream(self.model, self.views, self.batches, compute=self.compute, source=self.source)
 
     def run(self) -> PruneResult:
         """Prune everything; an exception leaves the finished units pruned and the others as they were."""
         start = time.perf_counter()
-        # A fresh find_units gives blocks in module order; with data, the stream knows the order of execution.
-        stream = None
-        if self.batches:
-            stream = Stream(self.model, self.views, self.batches, compute=self.compute, source=self.source)
+        self.measure_dense()
+        # Without data the blocks come in module order; with data, the stream knows the order of execution.
+        stream = self._stream()
         units = stream.units + stream.unreached if stream else find_units(self.model, self.views)
-        if self.model_needs:
-            self._whole = self._model_stats()
-        self._densities = self._allocate(units, stream)
         layers: list[LayerResult] = []
         with bar(len(units), f"prune ({self.axes.name})", enabled=self.progress, unit="block") as shown:
 
@@ -223,7 +241,7 @@ class Pruner:
     def _prune_view(self, view: WeightView, unit: Unit, stats: dict[str, Tensor] | None) -> LayerResult:
         start = time.perf_counter()
         axes, w = self.axes, view.read()
-        selector = Selector(axes.fitted(view), self._densities[view.name])
+        selector = Selector(axes.fitted(view), self.densities[view.name])
         score, recover, method = axes.score, axes.recover, axes.name
         if stats is None and self.layer_needs - {"input"}:
             score, recover, method = registry.scorer.bind("magnitude"), registry.recovery.bind("none"), "magnitude"
@@ -236,7 +254,9 @@ class Pruner:
         except PumiceError as error:
             raise PumiceError(f"layer {view.name}: {error}") from error
         if not selector.pattern.verify(mask):
-            raise PumiceError(f"recovery {recover.name!r} broke pattern {axes.pattern.text!r} on {view.name}: report this.")
+            raise PumiceError(
+                f"recovery {recover.name!r} broke pattern {axes.pattern.text!r} on {view.name}: report this."
+            )
         view.write(new)
         error = None if sample is None else _output_error(sample, w, new, view.groups)
         weight_error = float((w - new).norm() / w.norm().clamp(min=1e-30))
@@ -246,7 +266,7 @@ class Pruner:
             unit.name,
             (o, i),
             int(torch.count_nonzero(new)) / max(new.numel(), 1),
-            self._densities[view.name],
+            self.densities[view.name],
             error,
             weight_error,
             time.perf_counter() - start,
