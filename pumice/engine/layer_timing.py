@@ -1,0 +1,157 @@
+"""Time one layer in every layout and backend that can run it, dense in turns with them, and judge."""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pumice.core import dispatch, registry
+from pumice.core.dispatch import Call
+from pumice.weights.layouts.base import Packed
+from pumice.weights.layouts.base import pack as pack_as
+from pumice.weights.layouts.base import unpack as unpack_matrix
+
+MANY_ROWS = 256
+"""Rows at which the backend for long prompts is chosen, whatever batches were asked for."""
+MAX_COPIES = 512
+MARGIN = 1.03
+"""A sparse layout must beat dense by 3 %, or measuring noise would decide."""
+SECONDS_PER_MEASUREMENT = 0.02
+REPEATS = 5
+
+
+@dataclass
+class Timing:
+    """One way to run one layer at one batch size: milliseconds, or the reason why it was not run."""
+
+    layout: str
+    backend: str
+    rows: int
+    ms: float | None = None
+    reason: str | None = None
+
+
+@dataclass
+class Verdict:
+    """The outcome of one measurement."""
+
+    layout: str
+    params: dict[str, int]
+    backends: dict[int, str]
+    timings: list[Timing]
+    best_dense: dict[int, Timing]
+    reason: str
+
+    def ms(self, rows: int) -> float:
+        return next(
+            t.ms
+            for t in self.timings
+            if (t.layout, t.backend, t.rows) == (self.layout, self.backends[rows], rows) and t.ms
+        )
+
+
+def _layouts(packed: Packed) -> list[Packed]:
+    """The matrix in every layout that fits its zeros and is smaller than dense."""
+    w = unpack_matrix(packed)
+    found = [pack_as(w, "dense")]
+    for info in registry.layout.members():
+        if info.name == "dense":
+            continue
+        tried = [packed.params] if packed.layout == info.name else info.obj.candidates(w)
+        for params in tried:
+            smaller = info.obj.refuse(w, **params) is None and info.obj.stored_bytes(w, **params) < found[0].nbytes
+            if smaller:
+                found.append(pack_as(w, info.name, **params))
+    return found
+
+
+def measure(packed: Packed, batch: Sequence[int], budget: int) -> Verdict:
+    """Time every layout and backend, dense in turns with them, and judge."""
+    points = sorted({*batch, MANY_ROWS})
+    timings: list[Timing] = []
+    candidates = _layouts(packed)
+    for rows in points:
+        runs: list[tuple[Timing, Callable[[], None]]] = []
+        x = torch.randn(rows, packed.shape[1]).to(packed.dtype)
+        for candidate in candidates:
+            call = Call("linear", candidate.layout, candidate.dtype, "cpu", rows, candidate.shape, candidate.params)
+            for backend, reason in dispatch.candidates(call):
+                timing = Timing(candidate.layout, backend.name, rows, reason=reason)
+                timings.append(timing)
+                if reason is None:
+                    runs.append((timing, _rotation(candidate, backend, x, budget)))
+        time_in_turns(runs)
+    return _judge(candidates, timings, batch, points)
+
+
+def _rotation(packed: Packed, backend: dispatch.Backend, x: Tensor, budget: int) -> Callable[[], None]:
+    """A call that takes another copy of the layer each time, so that its weights come from memory."""
+    # As many copies as the dense model has layers of this size: what the real model rotates through.
+    copies = max(1, min(budget // max(packed.dense_nbytes, 1), MAX_COPIES))
+    runs = [backend.prepare(copy.deepcopy(packed) if i else packed, None) for i in range(copies)]
+    state = {"next": 0}
+
+    def run() -> None:
+        state["next"] = (state["next"] + 1) % len(runs)
+        runs[state["next"]](x)
+
+    return run
+
+
+def time_in_turns(runs: list[tuple[Timing, Callable[[], None]]]) -> None:
+    counts = []
+    for _, run in runs:
+        run()
+        start = time.perf_counter()
+        run()
+        once = time.perf_counter() - start
+        counts.append(max(1, min(200, int(SECONDS_PER_MEASUREMENT / REPEATS / max(once, 1e-7)))))
+    samples: list[list[float]] = [[] for _ in runs]
+    for _ in range(REPEATS):
+        for index, (_, run) in enumerate(runs):
+            start = time.perf_counter()
+            for _ in range(counts[index]):
+                run()
+            samples[index].append((time.perf_counter() - start) / counts[index])
+    for (timing, _), values in zip(runs, samples, strict=True):
+        timing.ms = statistics.median(values) * 1e3
+
+
+def _judge(candidates: list[Packed], timings: list[Timing], batch: Sequence[int], points: Sequence[int]) -> Verdict:
+    def best(layout: str, rows: int) -> Timing | None:
+        ran = [t for t in timings if t.layout == layout and t.rows == rows and t.ms is not None]
+        return min(ran, key=lambda t: t.ms or math.inf) if ran else None
+
+    dense = {rows: timing for rows in points if (timing := best("dense", rows)) is not None}
+    scores: dict[int, float] = {}
+    for index, candidate in enumerate(candidates):
+        found = [best(candidate.layout, rows) for rows in batch]
+        if all(timing is not None for timing in found):
+            logs = [math.log((dense[t.rows].ms or 1) / (t.ms or 1)) for t in found if t is not None]
+            scores[index] = math.exp(sum(logs) / len(logs))
+    sparse = {index: score for index, score in scores.items() if candidates[index].layout != "dense"}
+    winner = max(sparse, key=lambda index: sparse[index], default=0)
+    if not sparse or sparse[winner] < MARGIN:
+        winner = 0
+    reason = _reason(candidates, scores, winner, batch)
+    chosen = candidates[winner]
+    backends = {rows: timing.backend for rows in points if (timing := best(chosen.layout, rows)) is not None}
+    return Verdict(chosen.layout, chosen.params, backends, timings, dense, reason)
+
+
+def _reason(candidates: list[Packed], scores: dict[int, float], winner: int, batch: Sequence[int]) -> str:
+    at = "/".join(map(str, batch))
+    if len(candidates) == 1:
+        return "dense: the weight has no zeros that any layout could leave out"
+    others = ", ".join(f"{candidates[i].layout} {score:.2f}x" for i, score in scores.items() if i not in (0, winner))
+    if winner == 0:
+        return f"dense is fastest at {at} rows ({others} of its speed)"
+    beaten = f"; {others}" if others else ""
+    return f"{candidates[winner].layout} is {scores[winner]:.2f}x as fast as the best dense at {at} rows{beaten}"

@@ -1,0 +1,132 @@
+"""Packing keeps what is fastest, says why, computes the same, and can be undone."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import pumice
+from pumice.core.errors import PumiceError
+from pumice.engine import layer_timing
+from pumice.weights.modules import SparseLinear
+
+
+def model(density: float = 0.5, width: int = 96) -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width, bias=False))
+    if density < 1:
+        pumice.prune(net, "magnitude", density=density)
+    return net
+
+
+def clock(fast: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times that do not depend on the machine: the layout `fast` takes 1 ms, dense 2, all others 3."""
+
+    def timed(runs):
+        for timing, run in runs:
+            run()
+            timing.ms = 1.0 if timing.layout == fast else 2.0 if timing.layout == "dense" else 3.0
+
+    monkeypatch.setattr(layer_timing, "time_in_turns", timed)
+
+
+@pytest.mark.parametrize("fast", ["bitmask", "dense"])
+def test_the_fastest_layout_is_kept_and_the_reason_told(fast, monkeypatch):
+    clock(fast, monkeypatch)
+    net = model()
+    x = torch.randn(3, 96)
+    before = net(x)
+    packed = pumice.pack(net, batch=(1, 4), progress=False)
+    layers = pumice.describe(packed).layers
+    assert [layer.layout for layer in layers] == [fast, fast]
+    for layer in layers:
+        assert fast in layer.reason
+        assert layer.shape in ((192, 96), (96, 192))
+        assert set(layer.ms) == {1, 4} == set(layer.dense_ms)
+        assert layer.density == pytest.approx(0.5, abs=0.01)
+    assert isinstance(packed[0], SparseLinear) or fast == "dense"
+    torch.testing.assert_close(packed(x), before, rtol=1e-4, atol=1e-4)
+
+
+def test_unpack_gives_the_very_weights_back(monkeypatch):
+    clock("bitmask", monkeypatch)
+    net = model()
+    weights = [net[0].weight.clone(), net[2].weight.clone()]
+    dense = pumice.unpack(pumice.pack(net, progress=False))
+    assert [type(dense[0]), type(dense[2])] == [nn.Linear, nn.Linear]
+    assert torch.equal(dense[0].weight, weights[0])
+    assert torch.equal(dense[2].weight, weights[1])
+
+
+def test_a_layer_without_zeros_stays_dense():
+    layers = pumice.describe(pumice.pack(model(1.0), progress=False)).layers
+    assert {layer.layout for layer in layers} == {"dense"}
+    assert all("no zeros" in layer.reason for layer in layers)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 16, 17, 300])
+def test_any_number_of_rows_runs_after_packing_for_one(rows, monkeypatch):
+    clock("bitmask", monkeypatch)
+    net = model()
+    reference = copy.deepcopy(net)
+    packed = pumice.pack(net, batch=1, progress=False)
+    x = torch.randn(rows, 96)
+    torch.testing.assert_close(packed(x), reference(x), rtol=1e-4, atol=1e-4)
+
+
+def test_real_timing_measures_every_backend_or_gives_its_reason():
+    packed = pumice.pack(model(), batch=(1,), progress=False)
+    timings = pumice.describe(packed).layers[0].timings
+    assert {timing.layout for timing in timings} >= {"dense", "bitmask"}
+    assert all((timing.ms is None) == (timing.reason is not None) for timing in timings)
+    assert all(timing.ms > 0 for timing in timings if timing.ms is not None)
+
+
+def test_bytes_count_what_is_stored(monkeypatch):
+    clock("bitmask", monkeypatch)
+    described = pumice.describe(pumice.pack(model(), progress=False))
+    assert described.bytes == sum(layer.bytes for layer in described.layers)
+    assert described.bytes < 0.56 * described.dense_bytes
+    assert described.to_dict()["layers"][0]["name"] == "0"
+
+
+def test_convolutions_and_tied_weights_are_left_and_named():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(20, 16)
+            self.conv = nn.Conv1d(16, 16, 3)
+            self.head = nn.Linear(16, 20, bias=False)
+            self.head.weight = self.embed.weight
+
+    net = pumice.pack(Net(), progress=False)
+    assert type(net.head) is nn.Linear
+    assert [(layer.name, layer.layout) for layer in pumice.describe(net).layers] == [("conv.weight", "dense")]
+
+
+def test_describe_works_without_pack():
+    described = pumice.describe(model())
+    assert len(described.layers) == 2
+    assert described.layers[0].density == pytest.approx(0.5, abs=0.01)
+
+
+def test_packing_twice_and_copying_is_harmless(monkeypatch):
+    clock("bitmask", monkeypatch)
+    net = pumice.pack(model(), progress=False)
+    again = pumice.pack(copy.deepcopy(net), batch=(1, 8), progress=False)
+    x = torch.randn(2, 96)
+    torch.testing.assert_close(again(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [0, (), (1, -2), (1.5,)])
+def test_bad_batches_are_refused(batch):
+    with pytest.raises(PumiceError, match="batch"):
+        pumice.pack(model(), batch=batch)
+
+
+def test_values_changes_the_type_and_refuses_others():
+    packed = pumice.pack(model(), values="bfloat16", progress=False)
+    assert packed(torch.randn(1, 96, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    with pytest.raises(PumiceError, match="values"):
+        pumice.pack(model(), values="int3")
