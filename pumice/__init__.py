@@ -38,7 +38,21 @@ _WHERE = {
     "generate": "pumice.engine.generate",
     "export": "pumice.engine.export",
 }
-__all__ = [*_WHERE, "__version__"]
+__all__ = [
+    "PumiceError",
+    "__version__",
+    "bench",
+    "describe",
+    "evaluate",
+    "export",
+    "generate",
+    "load",
+    "methods",
+    "pack",
+    "prune",
+    "save",
+    "unpack",
+]
 
 
 def public(name: str) -> Any:
@@ -55,7 +69,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*_WHERE, "__version__"})
 
 
 install_hook()

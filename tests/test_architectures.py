@@ -25,7 +25,9 @@ CAUSAL = {
     | {"word_embed_proj_dim": 32, "max_position_embeddings": 64},
     "GPT2": {"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
     "Mixtral": SIZES | HEADS | EXPERTS,
-    "Qwen3Moe": SIZES | HEADS | {"head_dim": 8, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
+    "Qwen3Moe": SIZES
+    | HEADS
+    | {"head_dim": 8, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
     "GptOss": SIZES | HEADS | EXPERTS | {"head_dim": 8},
 }
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -63,7 +65,9 @@ def call(model, batch):
 
 def prune(model, method, batches):
     """The public function; batches are what the model takes, so no tokenizer is needed."""
-    return pumice.prune(model, METHODS[method]["score"], data=batches, progress=False, compute="float32", **options(method))
+    return pumice.prune(
+        model, METHODS[method]["score"], data=batches, progress=False, compute="float32", **options(method)
+    )
 
 
 def options(method):
@@ -154,7 +158,9 @@ def test_vit(method, tmp_path):
 
 def mlp():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(32, 64), nn.ReLU(inplace=True), nn.Linear(64, 48), nn.GELU(), nn.Linear(48, 8)).eval()
+    return nn.Sequential(
+        nn.Linear(32, 64), nn.ReLU(inplace=True), nn.Linear(64, 48), nn.GELU(), nn.Linear(48, 8)
+    ).eval()
 
 
 class SmallNet(nn.Module):
@@ -261,7 +267,9 @@ def efficientnet():
     return library.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights.get_model_file_path()).eval()
 
 
-@pytest.mark.parametrize("method", [{"method": "wanda"}, {"method": "sparsegpt"}, {"method": "magnitude", "pattern": "4x1"}])
+@pytest.mark.parametrize(
+    "method", [{"method": "wanda"}, {"method": "sparsegpt"}, {"method": "magnitude", "pattern": "4x1"}]
+)
 def test_efficientnet(method, tmp_path):
     """A real CNN with depthwise convolutions, whose padding its own layers compute."""
     model = efficientnet()

@@ -97,7 +97,8 @@ def test_calibration_windows_are_slices_with_random_starts():
     tokenizer, text = tiny.tokenizer(), tiny.words(300)
     stream = tokenize(text, tokenizer)
     windows = calibration_windows(text, tokenizer, samples=20, seqlen=16, seed=3)
-    assert windows.shape == (20, 16) and windows.dtype == torch.long
+    assert windows.shape == (20, 16)
+    assert windows.dtype == torch.long
     slices = {tuple(stream[i : i + 16].tolist()) for i in range(300 - 16 + 1)}
     assert all(tuple(window.tolist()) in slices for window in windows)
     assert len({tuple(window.tolist()) for window in windows}) > 10
@@ -140,7 +141,8 @@ def test_protocol_of_stories(stories):
     docs = load_text(shared("data", "lm_text", "tinystories_sample.txt"))
     assert len(docs) == 1093
     windows = windows_from_documents(halves(docs)[1], tokenizer, 192, 256)
-    assert windows.shape == (192, 256) and windows[0, 0] == 1
+    assert windows.shape == (192, 256)
+    assert windows[0, 0] == 1
     assert torch.equal(windows, evaluation_windows(halves(docs)[1], tokenizer, 256, 192))
 
 
@@ -158,7 +160,8 @@ def test_make_data_from_text(tmp_path):
 def test_make_data_for_encoders_and_t5():
     tokenizer, docs = tiny.tokenizer(), [tiny.words(400)]
     ids = make_data(tiny.bert(), tokenizer, docs, samples=2, seqlen=32)[0]["input_ids"]
-    assert ids[0, 0] == tokenizer.cls_token_id and ids[0, -1] == tokenizer.sep_token_id
+    assert ids[0, 0] == tokenizer.cls_token_id
+    assert ids[0, -1] == tokenizer.sep_token_id
     model = tiny.t5()
     batch = make_data(model, tokenizer, docs, samples=2, seqlen=32)[0]
     assert batch["decoder_input_ids"][0, 0] == 0

@@ -93,7 +93,9 @@ def test_soft_capped_logits_are_kept():
 def test_agreement_by_hand():
     dense, other, windows = tiny.llama(0), tiny.llama(1), ids()
     same = agreement(dense, dense, windows)
-    assert same.kl == pytest.approx(0.0, abs=1e-6) and same.top1 == 1.0 and same.count == windows.numel()
+    assert same.kl == pytest.approx(0.0, abs=1e-6)
+    assert same.top1 == 1.0
+    assert same.count == windows.numel()
     with torch.no_grad():
         log_p, log_q = dense(windows).logits.log_softmax(-1), other(windows).logits.log_softmax(-1)
     found = agreement(other, dense, windows, batch_size=2)
@@ -113,13 +115,13 @@ def test_agreement_of_classifiers_and_encoders():
     encoder, other = tiny.bert(), tiny.bert()
     other.embeddings.word_embeddings.weight.data.neg_()
     same = agreement(encoder, encoder, ids())
-    assert same.cosine == pytest.approx(1.0, abs=1e-5) and same.kl is None
+    assert same.cosine == pytest.approx(1.0, abs=1e-5)
+    assert same.kl is None
     with torch.no_grad():
         ours, theirs = (model(ids()).last_hidden_state.mean(1) for model in (other, encoder))
     expected = F.cosine_similarity(ours, theirs, dim=-1).mean().item()
-    assert expected < 0.99 and agreement(other, encoder, ids(), batch_size=2).cosine == pytest.approx(
-        expected, rel=1e-5
-    )
+    assert expected < 0.99
+    assert agreement(other, encoder, ids(), batch_size=2).cosine == pytest.approx(expected, rel=1e-5)
 
 
 def test_nan_names_the_layer():
@@ -141,8 +143,10 @@ def test_evaluate_a_language_model():
     assert any("context of 64" in note for note in result.notes)
     windows = evaluation_windows(tiny.words(400), tokenizer, 64, 3)
     assert result.perplexity == pytest.approx(perplexity(model, windows), rel=1e-6)
-    assert result.agreement is not None and result.agreement.kl == pytest.approx(0.0, abs=1e-6)
-    assert model.training and not model.model.layers[0].training
+    assert result.agreement is not None
+    assert result.agreement.kl == pytest.approx(0.0, abs=1e-6)
+    assert model.training
+    assert not model.model.layers[0].training
     assert json.loads(json.dumps(result.to_dict()))["agreement"]["top1"] == 1.0
     assert evaluate(model, data=ids(), progress=False).windows == 5
     assert evaluate(model, data=ids().reshape(-1), seqlen=30, progress=False).windows == 4
@@ -174,7 +178,9 @@ def test_top1():
     model = Classifier(torch.eye(3))
     assert top1(model, [(x[:3], labels[:3]), (x[3:], labels[3:])]) == 0.75
     result = evaluate(model, data=[(x, labels)], dense=model, progress=False)
-    assert result.accuracy == 0.75 and result.agreement is not None and result.agreement.top1 == 1.0
+    assert result.accuracy == 0.75
+    assert result.agreement is not None
+    assert result.agreement.top1 == 1.0
     with pytest.raises(PumiceError, match="labels"):
         top1(model, [x])
     vit = tiny.vit()
@@ -231,8 +237,10 @@ def test_minilm_retrieves():
     queries = {"0": "kitten napping", "1": "central bank money policy", "2": "space flight", "3": "nobody judged this"}
     data = RetrievalData(documents, queries, {str(i): {str(i): 1.0} for i in range(3)})
     result = evaluate(loaded.model, data=data, tokenizer=loaded.tokenizer, dense=loaded.model, progress=False).retrieval
-    assert result is not None and result["ndcg@10"] == result["dense_ndcg@10"] == 1.0
-    assert result["cosine"] == pytest.approx(1.0, abs=1e-5) and result["queries"] == 3
+    assert result is not None
+    assert result["ndcg@10"] == result["dense_ndcg@10"] == 1.0
+    assert result["cosine"] == pytest.approx(1.0, abs=1e-5)
+    assert result["queries"] == 3
     broken = copy.deepcopy(loaded.model)
     for parameter in broken.parameters():
         parameter.data.normal_(generator=torch.Generator().manual_seed(0))
@@ -263,7 +271,8 @@ def test_scores_do_not_depend_on_the_batch(monkeypatch):
     with torch.no_grad():
         requests.append(Request([7, 8, int(model(torch.tensor([[7, 8]])).logits[0, -1].argmax())], 2))
     expected = [by_hand(model, request) for request in requests]
-    assert expected[-1][1] and not all(greedy for _, greedy in expected)
+    assert expected[-1][1]
+    assert not all(greedy for _, greedy in expected)
     for budget in (1, 40, 2048):
         monkeypatch.setattr("pumice.engine.zeroshot._BATCH_TOKENS", budget)
         found = score(model, requests)
@@ -308,7 +317,9 @@ def test_context_options_and_last_word(tmp_path):
     words = [tokenizer.convert_ids_to_tokens(best), tokenizer.convert_ids_to_tokens(4 + (best + 1) % 96)]
     rows = [{"context": "w5 w6", "continuation": word} for word in words]
     result = jsonl_task(model, tokenizer, write(tmp_path / "last.jsonl", rows), progress=False)
-    assert (result["n"], result["acc"]) == (2, 0.5) and result["perplexity"] > 1 and "acc_norm" not in result
+    assert (result["n"], result["acc"]) == (2, 0.5)
+    assert result["perplexity"] > 1
+    assert "acc_norm" not in result
 
 
 def test_long_contexts_lose_their_oldest_tokens(tmp_path):
@@ -382,7 +393,8 @@ def test_shared_tasks_have_the_known_shapes():
     model, tokenizer = tiny.llama(max_position_embeddings=256), tiny.tokenizer()
     names = sorted(file.stem for file in folder.glob("*.jsonl"))
     found = run_tasks(model, tokenizer, names, tasks_dir=folder, limit=3, progress=False)
-    assert sorted(found) == names and all(result["n"] == 3 for result in found.values())
+    assert sorted(found) == names
+    assert all(result["n"] == 3 for result in found.values())
     assert all(0 <= result["acc"] <= 1 for result in found.values())
 
 

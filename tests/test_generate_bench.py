@@ -41,11 +41,14 @@ def test_generate_is_greedy_and_counts():
     out = generate(model, tokenizer, "w1 w2 w3", max_new_tokens=6)
     assert out.text == tokenizer.decode(expected, skip_special_tokens=True)
     assert (out.prompt_tokens, out.new_tokens) == (3, 6)
-    assert out.prefill_seconds > 0 and out.decode_seconds > 0
+    assert out.prefill_seconds > 0
+    assert out.decode_seconds > 0
     assert out.tokens_per_second == pytest.approx(5 / out.decode_seconds)
     assert json.loads(json.dumps(out.to_dict()))["new_tokens"] == 6
     one = generate(model, tokenizer, "w1", max_new_tokens=1)
-    assert one.new_tokens == 1 and one.tokens_per_second is None and one.decode_seconds == 0
+    assert one.new_tokens == 1
+    assert one.tokens_per_second is None
+    assert one.decode_seconds == 0
 
 
 def test_generate_samples_by_seed_and_leaves_the_global_generator_alone():
@@ -69,7 +72,8 @@ def test_generate_uses_the_chat_template():
 def test_generate_with_t5():
     model, tokenizer = tiny.t5(), tiny.tokenizer()
     out = generate(model, tokenizer, "w1 w2", max_new_tokens=4)
-    assert out.prompt_tokens == 2 and out.new_tokens >= 1
+    assert out.prompt_tokens == 2
+    assert out.new_tokens >= 1
 
 
 def test_generate_stops_at_the_context_and_refuses():
@@ -97,11 +101,16 @@ def test_bench_of_two_models():
     ]
     for row in result.rows:
         base = result.row("dense", row.batch)
-        assert row.prefill and row.decode and base.prefill and base.decode and row.forward is None
+        assert row.prefill
+        assert row.decode
+        assert base.prefill
+        assert base.decode
+        assert row.forward is None
         assert row.ratios == {"prefill": row.prefill / base.prefill, "decode": row.decode / base.decode}
     assert result.row("dense", 1).ratios == {"prefill": 1.0, "decode": 1.0}
     assert result.bytes["dense"] == 2 * result.bytes["sparse"]
-    assert result.settings["threads"] == 1 and result.settings["dtypes"]["sparse"] == "bfloat16"
+    assert result.settings["threads"] == 1
+    assert result.settings["dtypes"]["sparse"] == "bfloat16"
     assert json.loads(json.dumps(result.to_dict()))["machine"] == {"cpu": "test"}
     with pytest.raises(KeyError):
         result.row("dense", 2)
@@ -142,7 +151,8 @@ def test_bench_makes_dense_from_a_copy(monkeypatch):
     monkeypatch.setitem(sys.modules, "pumice.engine.pack", module)
     result = bench(packed, batch=1, repeats=1, inputs=torch.ones(2, 4))
     assert [row.name for row in result.rows] == ["dense", "sparse"]
-    assert seen and seen[0] is not packed
+    assert seen
+    assert seen[0] is not packed
     given = bench(packed, against=nn.Linear(4, 8), batch=1, repeats=1, inputs=torch.ones(2, 4))
     assert given.bytes == {"dense": 160, "sparse": 80}
 
@@ -150,13 +160,15 @@ def test_bench_makes_dense_from_a_copy(monkeypatch):
 def test_bench_of_encoders_and_t5():
     for model in (tiny.bert(), tiny.t5()):
         row = bench(model, against=None, batch=2, **QUICK).rows[0]
-        assert row.prefill and row.decode is None
+        assert row.prefill
+        assert row.decode is None
 
 
 def test_bench_restores_threads_and_mode():
     before, model = torch.get_num_threads(), tiny.llama().train()
     bench(model, against=None, batch=1, threads=1, **QUICK)
-    assert torch.get_num_threads() == before and model.training
+    assert torch.get_num_threads() == before
+    assert model.training
 
 
 def test_bench_refuses():

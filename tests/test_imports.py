@@ -86,7 +86,17 @@ def test_the_walk_sees_what_it_should(tmp_path):
 
 
 def test_importing_pumice_loads_nothing_heavy():
-    heavy = ["transformers", "datasets", "matplotlib", "scipy", "typer", "numpy.testing", "pandas", "safetensors", "yaml"]
+    heavy = [
+        "transformers",
+        "datasets",
+        "matplotlib",
+        "scipy",
+        "typer",
+        "numpy.testing",
+        "pandas",
+        "safetensors",
+        "yaml",
+    ]
     code = f"import sys, pumice; print(*[m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=False)
     assert done.returncode == 0, done.stderr
@@ -103,7 +113,9 @@ def test_the_core_of_pruning_needs_no_transformers():
     assert done.stdout.split() == []
 
 
-@pytest.mark.parametrize("first", ["import pumice.prune.run", "import pumice; pumice.methods()", "import pumice; pumice.prune"])
+@pytest.mark.parametrize(
+    "first", ["import pumice.prune.run", "import pumice; pumice.methods()", "import pumice; pumice.prune"]
+)
 def test_the_folder_prune_does_not_hide_the_function(first):
     code = f"{first}\nimport pumice, inspect\nfrom pumice import prune\nfrom pumice.prune.axes import Axes\n"
     code += "import pumice.prune.axes as axes\n"

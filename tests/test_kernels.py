@@ -26,7 +26,15 @@ LAYOUTS = {"bitmask": {}, "nm": {"n": 2, "m": 4}, "block": {"r": 4, "c": 8}, "cs
 ROWS = (*range(18), 33, 130)
 SHAPES = {
     "bitmask": ((1, 1), (3, 7), (33, 65), (5, 1000), (130, 128), (40, 64)),
-    "block": ((1, 1, 1, 1), (6, 10, 3, 5), (16, 64, 16, 32), (48, 96, 16, 32), (8, 200, 8, 40), (20, 66, 5, 33), (14, 24, 7, 8)),
+    "block": (
+        (1, 1, 1, 1),
+        (6, 10, 3, 5),
+        (16, 64, 16, 32),
+        (48, 96, 16, 32),
+        (8, 200, 8, 40),
+        (20, 66, 5, 33),
+        (14, 24, 7, 8),
+    ),
 }
 needs_native = pytest.mark.skipif(cpu_backend.native is None, reason=str(cpu_backend.missing()))
 
@@ -298,7 +306,9 @@ def test_without_the_extension_everything_runs_and_the_reason_is_given(monkeypat
 
 @needs_native
 def test_forcing_names_what_can_be_forced():
-    with pytest.raises(PumiceError, match=r"instruction set 'mmx' cannot run here \(unknown\): choose one of .*portable"):
+    with pytest.raises(
+        PumiceError, match=r"instruction set 'mmx' cannot run here \(unknown\): choose one of .*portable"
+    ):
         cpu_backend.force("mmx")
 
 

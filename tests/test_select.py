@@ -126,9 +126,7 @@ def test_selection_takes_scores_in_any_memory_order():
 
 
 @FEW
-@given(
-    st.lists(st.floats(0, 2.0**100, width=32), min_size=1, max_size=40), st.integers(1, 5), st.integers(0, 10**6)
-)
+@given(st.lists(st.floats(0, 2.0**100, width=32), min_size=1, max_size=40), st.integers(1, 5), st.integers(0, 10**6))
 def test_streamed_kth_largest_equals_a_sort(values, parts, seed):
     scores = torch.tensor(values)
     k = 1 + seed % len(values)

@@ -308,7 +308,11 @@ def test_a_model_without_loss_says_what_it_needs(batch):
 def test_a_loss_that_is_not_finite_and_an_encoder_without_head():
     model = nn.Linear(3, 2)
     with pytest.raises(PumiceError, match="the loss is nan"):
-        model_stats(model, find_views(model), [torch.ones(2, 3)], frozenset({"gradient"}), lambda m, b: m(b).sum() * torch.nan)
+        model_stats(
+            model, find_views(model), [torch.ones(2, 3)], frozenset({"gradient"}), lambda m, b: m(b).sum() * torch.nan
+        )
     bert = tiny.bert()
     with pytest.raises(PumiceError, match="need a loss"):
-        model_stats(bert, find_views(bert), [{"input_ids": torch.ones(1, 4, dtype=torch.long)}], frozenset({"gradient"}))
+        model_stats(
+            bert, find_views(bert), [{"input_ids": torch.ones(1, 4, dtype=torch.long)}], frozenset({"gradient"})
+        )

@@ -406,7 +406,9 @@ def walk_from_disk(build, batches, names=None, **given):
     names = names or [unit.name for unit in find_units(model, find_views(model, **given))]
     source = Disk(model, names)
     for each, where in ((plain, None), (model, source)):
-        Stream(each, find_views(each, **given), batches, source=where).walk(lambda unit, collect: (collect(NEEDS), damage(unit)))
+        Stream(each, find_views(each, **given), batches, source=where).walk(
+            lambda unit, collect: (collect(NEEDS), damage(unit))
+        )
     assert source.most == 1, "one unit at a time"
     assert not source.loaded
     for name in names:
@@ -494,9 +496,13 @@ def test_bf16_products_stay_near_float32():
     for compute in (torch.float32, torch.bfloat16):
         model = tiny.llama()
         stream = Stream(model, find_views(model), [ids()], compute=compute)
-        stream.walk(lambda unit, collect, compute=compute: (found.setdefault(compute, {}).update(collect(NEEDS)), damage(unit)))
+        stream.walk(
+            lambda unit, collect, compute=compute: (found.setdefault(compute, {}).update(collect(NEEDS)), damage(unit))
+        )
     errors = {}
     for name, stats in found[torch.float32].items():
-        errors[name] = float((found[torch.bfloat16][name]["hessian"] - stats["hessian"]).norm() / stats["hessian"].norm())
+        errors[name] = float(
+            (found[torch.bfloat16][name]["hessian"] - stats["hessian"]).norm() / stats["hessian"].norm()
+        )
     assert max(errors.values()) < 0.05
     assert errors["model.layers.1.mlp.down_proj.weight"] > 0

@@ -95,9 +95,9 @@ def prune(
     )
     given = {"seed": seed, "samples": samples, "seqlen": seqlen, "data": data, "compute": compute}
     settings = {**RUN_DEFAULTS, **find(method).run(), **{k: v for k, v in given.items() if v is not None}}
-    data, compute = settings.pop("data"), settings.pop("compute")
+    data, products = settings.pop("data"), str(settings.pop("compute"))
     settings["data"] = _name_of(data)
-    job = _Job(axes, settings, out, tokenizer, data, compute, loss, resume, overwrite, progress)
+    job = _Job(axes, settings, out, tokenizer, data, products, loss, resume, overwrite, progress)
     if isinstance(model, nn.Module):
         return job.in_memory(model, getattr(model, "name_or_path", "") or type(model).__name__)
     if out is None:

@@ -32,7 +32,7 @@ def _anything(call: Call) -> str | None:
 
 def _prepare_dense(packed: Packed, bias: Tensor | None) -> Run:
     weight_OI, bias_O = packed.tensors["weight"].detach(), _bias(packed, bias)
-    linear = torch._C._nn.linear if hasattr(torch._C._nn, "linear") else F.linear
+    linear = F.linear
 
     def run(x_RI: Tensor) -> Tensor:
         return linear(x_RI, weight_OI, bias_O)

@@ -169,7 +169,10 @@ REFUSED = [
     ({"score": "wanda", "allocation": "lamp", "density": 0.5}, "use score='magnitude'"),
     ({"score": "wanda", "recover": "dsnot", "pattern": "4x4", "density": 0.5}, "moves single weights"),
     ({"score": "wanda", "recover": "dsnot", "pattern": "row", "density": 0.5}, "moves single weights"),
-    ({"score": "magnitude", "pattern": "unstructured:global", "allocation": "er", "density": 0.5}, "leave one of them out"),
+    (
+        {"score": "magnitude", "pattern": "unstructured:global", "allocation": "er", "density": 0.5},
+        "leave one of them out",
+    ),
     ({"score": {"name": "obs", "damp": 0.1}, "recover": "obs", "density": 0.5}, "give them to recover"),
     ({"score": "magnitude", "pattern": "2:4", "density": 0.7}, "contradicts"),
 ]
@@ -182,7 +185,9 @@ def test_what_makes_no_sense_is_refused_with_the_reason(given, reason):
 
 
 def test_a_global_pattern_takes_options_of_its_allocation():
-    axes = Axes.make("magnitude", pattern="unstructured:global", allocation={"name": "global", "minimum": 0.1}, density=0.5)
+    axes = Axes.make(
+        "magnitude", pattern="unstructured:global", allocation={"name": "global", "minimum": 0.1}, density=0.5
+    )
     assert axes.allocation.options == {"minimum": 0.1}
     assert Axes.make("magnitude", pattern="unstructured:global", density=0.5).allocation.name == "global"
 

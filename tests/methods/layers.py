@@ -34,7 +34,9 @@ def score(name, w_OI, stats, **options):
 def recover(name, w_OI, stats, scorer="magnitude", pattern="unstructured:row", density=0.5, **options):
     """(weight, mask, notes) of a recovery beside a scorer; `scorer=None` lets the recovery select itself."""
     legal = parse(pattern)
-    selector = Selector(legal, legal.density(None) if ":" in pattern and pattern[0].isdigit() and "x" not in pattern else density)
+    selector = Selector(
+        legal, legal.density(None) if ":" in pattern and pattern[0].isdigit() and "x" not in pattern else density
+    )
     bound = None if scorer is None else lambda w: score(scorer, w, stats)
     new, mask = registry.recovery.get(name).bind(options)(w_OI, stats, bound, selector)
     return new, mask, selector.notes

@@ -59,7 +59,13 @@ def naive_sparsegpt(w_OI, h_II, density, damp, block, group=None):
 
 @pytest.mark.parametrize(
     ("pattern", "group", "density"),
-    [("unstructured:layer", None, 0.5), ("unstructured:layer", None, 0.25), ("2:4", 4, 0.5), ("4:8", 8, 0.5), ("1:4", 4, 0.25)],
+    [
+        ("unstructured:layer", None, 0.5),
+        ("unstructured:layer", None, 0.25),
+        ("2:4", 4, 0.5),
+        ("4:8", 8, 0.5),
+        ("1:4", 4, 0.25),
+    ],
 )
 @pytest.mark.parametrize(("width", "block"), [(32, 8), (40, 16), (24, 128)])
 def test_it_is_the_papers_algorithm(pattern, group, density, width, block):
@@ -72,7 +78,9 @@ def test_it_is_the_papers_algorithm(pattern, group, density, width, block):
     assert torch.equal(new != 0, mask)
 
 
-@pytest.mark.parametrize("pattern", ["unstructured:row", "unstructured:layer", "2:4", "4x4", "4x4:row", "row", "column"])
+@pytest.mark.parametrize(
+    "pattern", ["unstructured:row", "unstructured:layer", "2:4", "4x4", "4x4:row", "row", "column"]
+)
 @pytest.mark.parametrize("scorer", ["magnitude", "wanda", "obs"])
 def test_compensation_never_does_worse_than_the_mask_alone(pattern, scorer):
     for seed in range(3):

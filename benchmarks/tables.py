@@ -1,0 +1,116 @@
+"""Write the measured tables into README.md and docs/methods.md, from benchmarks/results and the registry.
+
+python benchmarks/tables.py            # rewrite
+python benchmarks/tables.py --check    # exit 1 if something is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+NAMES = {"smollm2-135m": "SmolLM2-135M-Instruct", "stories15m": "stories15M"}
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text())
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def quality(model: str) -> str:
+    """Perplexities of one model: a row per method, a column per sparsity, ours and the authors' beside each other."""
+    results = read("prune_quality.json")[model]
+    dense = results["dense"]["perplexity"]
+    kinds: dict[str, dict[str, Any]] = {}
+    columns: list[str] = []
+    for key, entry in results.items():
+        if key == "dense":
+            continue
+        method, _, kind = key.partition(" @ ")
+        kinds.setdefault(method, {})[kind] = entry
+        if kind not in columns:
+            columns.append(kind)
+    titles = {"0.5": "50 % zeros", "0.3": "70 % zeros"}
+    rows = []
+    for method, entries in kinds.items():
+        cells = []
+        for kind in columns:
+            entry = entries.get(kind)
+            theirs = f" ({number(entry['authors'])})" if entry and entry["authors"] is not None else ""
+            cells.append(f"{number(entry['perplexity'])}{theirs}" if entry else "")
+        rows.append([method, *cells])
+    head = [f"{NAMES[model]}, dense {number(dense)}", *(titles.get(kind, kind) for kind in columns)]
+    return table(head, rows)
+
+
+def both_qualities() -> str:
+    machine = read("prune_quality.json")["smollm2-135m"]["dense"]["machine"]
+    seconds = read("prune_quality.json")["smollm2-135m"]
+    timed = ", ".join(
+        f"{key.partition(' @ ')[0]} {seconds[key]['seconds']:.0f} s" for key in ("wanda @ 0.5", "sparsegpt @ 0.5")
+    )
+    note = (
+        "Token perplexity, lower is better; in brackets the authors' own code on the same protocol "
+        f"(`benchmarks/prune_quality.py`). Time to prune SmolLM2 with 64 × 1024 tokens: {timed} "
+        f"({machine['cores']} cores of {machine['cpu']}, {machine['kernels_in_use']})."
+    )
+    return f"{quality('smollm2-135m')}\n\n{quality('stories15m')}\n\n{note}"
+
+
+def methods() -> str:
+    """Everything registered, with what it needs and where it comes from."""
+    from pumice.core import registry
+
+    rows = []
+    for info in registry.methods():
+        options = ", ".join(f"`{name}={option.default}`" for name, option in info.options.items())
+        rows.append([info.family, f"`{info.name}`", info.summary, info.paper or "", ", ".join(info.needs), options])
+    return table(["family", "name", "what it does", "paper", "needs", "options"], rows)
+
+
+SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"quality": both_qualities},
+    "docs/methods.md": {"methods": methods},
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing, fail where something is out of date")
+    check = parser.parse_args().check
+    stale = []
+    for file, sections in SECTIONS.items():
+        path = ROOT / file
+        before = text = path.read_text()
+        for name, make in sections.items():
+            pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+            made = make()
+            text = pattern.sub(lambda match, made=made: f"{match[1]}{made}\n{match[2]}", text)
+        if text != before:
+            stale.append(file)
+            if not check:
+                path.write_text(text)
+    for file in stale:
+        print(f"{file}: {'out of date, run python benchmarks/tables.py' if check else 'written'}")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
