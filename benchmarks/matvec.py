@@ -1,0 +1,152 @@
+"""One linear layer, 4096 x 4096, weights out of cache: every sparse layout beside PyTorch's best dense.
+
+Copies of each weight are rotated through 512 MiB, so that weights come from memory as in a real model. Layouts take
+turns in one run; medians. Dense is F.linear and oneDNN with its own weight order; ratios are against the faster.
+The cost of a call beyond its kernel is that of a layer with hardly any weights, less the bare kernel call.
+
+    python benchmarks/matvec.py                       # writes benchmarks/results/matvec.json
+    python benchmarks/matvec.py --size 512 --quick    # a look, nothing is written
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pumice.core import dispatch, select
+from pumice.core.dispatch import Call
+from pumice.kernels.features import machine_stamp
+from pumice.weights.layouts.base import Packed, pack
+from pumice.weights.modules import SparseLinear
+
+RESULTS = Path(__file__).parent / "results" / "matvec.json"
+COLD_BYTES = 512 << 20
+SKIPPED = ("unpack",)  # unpacks the whole matrix at every call: the fallback, never the choice
+
+
+def cases(size: int, dtype: torch.dtype) -> dict[str, Packed]:
+    """The layer dense, and with zeros in every layout that has a kernel."""
+    w = torch.randn(size, size)
+    made = {"dense": pack(w.to(dtype), "dense")}
+    for density in (0.5, 0.3, 0.2, 0.1):
+        made[f"bitmask, {1 - density:.0%} zeros"] = pack((w * select.layer(w.abs(), density)).to(dtype), "bitmask")
+    for density in (0.5, 0.2, 0.1):
+        mask = select.blocks(w.abs(), 16, 32, density)
+        made[f"block 16x32, {1 - density:.0%} zeros"] = pack((w * mask).to(dtype), "block", r=16, c=32)
+    return made
+
+
+def rotation(packed: Packed, backend: dispatch.Backend, x: Tensor, cold: int) -> Callable[[], None]:
+    copies = max(2, -(-cold // packed.nbytes))
+    runs = [
+        backend.prepare(
+            Packed(
+                packed.layout,
+                packed.shape,
+                packed.dtype,
+                {n: t.clone() for n, t in packed.tensors.items()},
+                packed.params,
+            ),
+            None,
+        )
+        for _ in range(copies)
+    ]
+    state = {"next": 0}
+
+    def run() -> None:
+        state["next"] = (state["next"] + 1) % len(runs)
+        runs[state["next"]](x)
+
+    return run
+
+
+def measure(rows: int, layers: dict[str, Packed], rounds: int, cold: int) -> dict[str, dict[str, float]]:
+    """Median milliseconds by case and backend."""
+    runs: dict[tuple[str, str], Callable[[], None]] = {}
+    for name, packed in layers.items():
+        x = torch.randn(rows, packed.shape[1]).to(packed.dtype)
+        call = Call("linear", packed.layout, packed.dtype, "cpu", rows, packed.shape, packed.params)
+        for backend, reason in dispatch.candidates(call):
+            if reason is None and backend.name not in SKIPPED:
+                runs[name, backend.name] = rotation(packed, backend, x, cold)
+    samples: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
+    for _ in range(rounds):
+        for key, run in runs.items():
+            start = time.perf_counter()
+            for _ in range(4):
+                run()
+            samples[key].append((time.perf_counter() - start) / 4 * 1e3)
+    found: dict[str, dict[str, float]] = {}
+    for (name, backend), values in samples.items():
+        found.setdefault(name, {})[backend] = round(statistics.median(values[1:] or values), 4)
+    return found
+
+
+def call_overhead(dtype: torch.dtype) -> dict[str, float]:
+    """Microseconds that a sparse layer's call costs beyond its kernel, beside nn.Linear's whole call."""
+    w = torch.zeros(16, 16)
+    w[0, 0] = 1
+    packed = pack(w.to(dtype), "bitmask")
+    layer, dense = SparseLinear(packed), nn.Linear(16, 16, bias=False).to(dtype)
+    backend = dispatch.choose(Call("linear", "bitmask", dtype, "cpu", 1, (16, 16), {}))
+    kernel = backend.prepare(packed, None)
+    inputs = {"2-D": torch.randn(1, 16).to(dtype), "3-D": torch.randn(1, 1, 16).to(dtype)}
+
+    def micro(run: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(200):
+            start = time.perf_counter()
+            for _ in range(50):
+                run()
+            times.append((time.perf_counter() - start) / 50)
+        return statistics.median(times) * 1e6
+
+    with torch.no_grad():
+        bare = micro(lambda: kernel(inputs["2-D"]))
+        found = {f"{name}: layer beyond kernel": micro(lambda x=x: layer(x)) - bare for name, x in inputs.items()}
+        found |= {"kernel call": bare, "nn.Linear call": micro(lambda: dense(inputs["2-D"]))}
+    return {name: round(value, 2) for name, value in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=4096)
+    parser.add_argument("--rows", default="1,16,64,256")
+    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--quick", action="store_true", help="few rounds, nothing written")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    dtype, cold = torch.bfloat16, COLD_BYTES // (16 if args.quick else 1)
+    layers = cases(args.size, dtype)
+    results: list[dict[str, Any]] = []
+    for threads in map(int, args.threads.split(",")):
+        torch.set_num_threads(threads)
+        for rows in map(int, args.rows.split(",")):
+            times = measure(rows, layers, 3 if args.quick else 15, cold)
+            dense = min(times["dense"].values())
+            for name, found in times.items():
+                best = min(found, key=lambda backend: found[backend])
+                line = {"threads": threads, "rows": rows, "case": name, "ms": found, "best": best}
+                results.append({**line, "speedup": round(dense / found[best], 2), "bytes": layers[name].nbytes})
+                print(
+                    f"{threads} threads, {rows:3d} rows, {name:24s} {best:8s} {found[best]:8.3f} ms  {dense / found[best]:5.2f}x"
+                )
+    torch.set_num_threads(1)
+    overhead = call_overhead(dtype)
+    print("microseconds:", overhead)
+    if not args.quick:
+        content = {"what": __doc__, "size": args.size, "dtype": "bfloat16", "machine": machine_stamp()}
+        RESULTS.write_text(json.dumps({**content, "results": results, "call_overhead_us": overhead}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
