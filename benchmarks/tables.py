@@ -74,6 +74,60 @@ def both_qualities() -> str:
     return f"{quality('smollm2-135m')}\n\n{quality('stories15m')}\n\n{note}"
 
 
+def demo() -> str:
+    """The demo's summary table, its curve and its sentences."""
+    from pumice.analyze.record import Run
+    from pumice.analyze.summary import summarise, verdict
+
+    run = Run.from_dict(read("demo.json"))
+    summary = summarise([run])
+    rows = []
+    for row in summary.rows:
+        cells = []
+        for cell in row.cells:
+            ahead = f", {cell.ahead} wins" if cell.ahead in ("sparse", "dense") else ""
+            cells.append(f"{cell.text} ({cell.against}{ahead})" if cell.against else cell.text)
+        rows.append([row.label, *cells])
+    curve = ", ".join(f"{point.density:g}: {number(point.perplexity)}" for point in run.curve)
+    said = "\n".join(f"- {name}: “{' '.join(text.split())}”" for name, text in run.generations[0].texts.items())
+    machine = f"{run.machine['cores']} cores of {run.machine['cpu']}, {run.machine['kernels_in_use']}, {run.bench['threads']} threads"
+    return (
+        f"{verdict(run)}\n\n{table(['', *summary.columns], rows)}\n\n"
+        f"Perplexity by density: {curve}. Asked “{run.generations[0].prompt}”:\n\n{said}\n\n"
+        f"({machine}; {'; '.join(note for note in run.notes if 'demo took' in note)}.)"
+    )
+
+
+def speed() -> str:
+    """One layer at a few row counts, each case at its best backend, beside the best dense."""
+    results = read("matvec.json")
+    rows_of = sorted({line["rows"] for line in results["results"]})
+    threads = sorted({line["threads"] for line in results["results"]})
+    rows = []
+    for name in dict.fromkeys(line["case"] for line in results["results"]):
+        cells = []
+        for thread in threads:
+            for count in rows_of:
+                line = next(
+                    one
+                    for one in results["results"]
+                    if (one["case"], one["rows"], one["threads"]) == (name, count, thread)
+                )
+                ms = min(line["ms"].values())
+                cells.append(f"{ms:.2f} ms" if name == "dense" else f"{line['speedup']:.2f}×")
+        rows.append([name, *cells])
+    head = [f"{t} thread{'s' if t > 1 else ''}, {r} row{'s' if r > 1 else ''}" for t in threads for r in rows_of]
+    cost = results["call_overhead_us"]
+    machine = results["machine"]
+    return (
+        f"{table(['4096 × 4096, bf16, weights cold', *head], rows)}\n\n"
+        f"Against the faster of `F.linear` and oneDNN with its own weight order (`benchmarks/matvec.py`; {machine['cpu']}, "
+        f"{machine['kernels_in_use']}). A sparse layer's call costs {cost['2-D: layer beyond kernel']} µs beyond its kernel for "
+        f"2-D inputs and {cost['3-D: layer beyond kernel']} µs for 3-D ones; a whole call of a tiny `nn.Linear` costs "
+        f"{cost['nn.Linear call']} µs."
+    )
+
+
 def methods() -> str:
     """Everything registered, with what it needs and where it comes from."""
     from pumice.core import registry
@@ -86,7 +140,7 @@ def methods() -> str:
 
 
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"quality": both_qualities},
+    "README.md": {"demo": demo, "quality": both_qualities, "speed": speed},
     "docs/methods.md": {"methods": methods},
 }
 

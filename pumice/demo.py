@@ -30,7 +30,7 @@ ACCEPTABLE = 1.15
 """The demo takes the sparsest model whose perplexity is within 15 % of dense."""
 PROMPT = "Explain in one sentence why the sky is blue."
 TASKS = ("piqa", "arc_easy")
-QUESTIONS = 60
+QUESTIONS = 40
 
 
 @dataclass
@@ -97,6 +97,8 @@ class Demo:
                 best = result
             else:
                 shutil.rmtree(folder)
+            if not accepted:
+                break
         assert best is not None
         return best, curve
 
