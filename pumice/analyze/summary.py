@@ -171,7 +171,22 @@ def summarise(runs: Sequence[Run]) -> Table:
         Row(measure.group, measure.label, [_cell(measure, column, run.denses) for column, run in columns])
         for measure in _measures([column for column, _ in columns])
     ]
+    after = max((i + 1 for i, row in enumerate(rows) if row.group == "Size"), default=len(rows))
+    rows[after:after] = _input_files(runs, [run for _, run in columns])
     return Table(names, rows, merged, any(len(run.denses) > 1 for run in runs))
+
+
+def _input_files(runs: Sequence[Run], owners: Sequence[Run]) -> list[Row]:
+    """The file that was pruned, under the dense column: a 4-bit file may be smaller than anything made of it."""
+    found = []
+    for run in runs:
+        size = run.model.get("input_bytes")
+        if size is None or run.model.get("input_format") != "GGUF":
+            continue
+        first = owners.index(run) if run in owners else 0
+        cells = [Cell(size_text(size) if i == first else "–") for i in range(len(owners))]
+        found.append(Row("Size", f"Input file ({run.model['input_format']})", cells))
+    return found
 
 
 def verdict(run: Run) -> str:

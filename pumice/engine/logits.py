@@ -6,6 +6,7 @@ Shape letters: B batch, T tokens, D model width, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -93,10 +94,10 @@ def to_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def track(items: Iterable[Item], label: str, show: bool) -> Iterable[Item]:
-    """Progress with ETA on stderr, only for what takes longer than two seconds."""
-    if not show:
+    """Progress with ETA on stderr where a person can watch it, only for what takes longer than two seconds."""
+    if not show or not sys.stderr.isatty():
         return items
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     return tqdm(items, desc=label, delay=2.0, leave=False, dynamic_ncols=True)
 
