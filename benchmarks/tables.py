@@ -92,10 +92,16 @@ def demo() -> str:
     curve = ", ".join(f"{point.density:g}: {number(point.perplexity)}" for point in run.curve)
     said = "\n".join(f"- {name}: “{' '.join(text.split())}”" for name, text in run.generations[0].texts.items())
     machine = f"{run.machine['cores']} cores of {run.machine['cpu']}, {run.machine['kernels_in_use']}, {run.bench['threads']} threads"
+    asked = sorted({task["n"] for column in run.columns for task in column.tasks.values() if "n" in task})
+    questions = (
+        f"; zero-shot on {', '.join(f'{count:g}' for count in asked)} questions each, too few to rank by"
+        if asked
+        else ""
+    )
     return (
         f"{verdict(run)}\n\n{table(['', *summary.columns], rows)}\n\n"
         f"Perplexity by density: {curve}. Asked “{run.generations[0].prompt}”:\n\n{said}\n\n"
-        f"({machine}; {'; '.join(note for note in run.notes if 'demo took' in note)}.)"
+        f"({machine}; {'; '.join(note for note in run.notes if 'demo took' in note)}{questions}.)"
     )
 
 
