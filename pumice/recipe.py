@@ -235,7 +235,7 @@ def resolve(method: str | Path | Recipe = "auto", **overrides: Any) -> dict[str,
     Raises:
         PumiceError: unknown method or argument.
     """
-    from pumice.core.registry import unknown
+    from pumice.core.registry import family, unknown
     from pumice.core.view import DEFAULT_IGNORE
 
     recipe = find(method)
@@ -249,8 +249,9 @@ def resolve(method: str | Path | Recipe = "auto", **overrides: Any) -> dict[str,
     if "pattern" in given and "density" not in given and _fixes_density(given["pattern"]):
         base.pop("density", None)
     usual = {"allocation": "uniform", **base}
-    changed = [axis for axis in AXES if axis in given and _spec(given[axis]) != _spec(usual[axis])]
-    name = " + ".join([recipe.name, *(f"{axis} {_spec(given[axis])['name']}" for axis in changed)])
+    bound = {axis: family(axis).bind(given[axis]) for axis in AXES if axis in given}
+    changed = [axis for axis in bound if _spec(given[axis]) != _spec(usual[axis])]
+    name = " + ".join([recipe.name, *(f"{axis} {bound[axis].name}" for axis in changed)])
     return {**base, **given, "name": name, "key": None if changed else recipe.key}
 
 

@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import sys
 from typing import Any
 
 import pytest
@@ -356,36 +355,33 @@ def test_absent_lm_eval_is_named(tmp_path, monkeypatch):
     assert found["copa"]["n"] == 1
 
 
-FAKE_LM_EVAL = """
-def simple_evaluate(model, tasks, limit):
-    if "unknown" in tasks:
-        raise KeyError("unknown")
-    metrics = {"alias": "x", "acc,none": 0.5, "acc_stderr,none": 0.1, "exact,strict-match": model.batch_size}
-    return {"results": {task: metrics for task in tasks}}
+LM_EVAL_TASK = """
+task: mine
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{query}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: gold
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 """
 
-FAKE_HFLM = """
-class HFLM:
-    def __init__(self, pretrained, tokenizer, batch_size):
-        self.batch_size = batch_size
-"""
 
-
-def test_lm_eval_is_called_on_the_model_in_memory(tmp_path, monkeypatch):
-    (tmp_path / "lm_eval" / "models").mkdir(parents=True)
-    (tmp_path / "lm_eval" / "__init__.py").write_text(FAKE_LM_EVAL)
-    (tmp_path / "lm_eval" / "models" / "__init__.py").write_text("")
-    (tmp_path / "lm_eval" / "models" / "huggingface.py").write_text(FAKE_HFLM)
-    monkeypatch.syspath_prepend(tmp_path)
+def test_lm_eval_gives_what_our_own_count_gives(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    pytest.importorskip("lm_eval")
     model, tokenizer = tiny.llama(), tiny.tokenizer()
-    try:
-        found = lm_eval_tasks(model, tokenizer, ["arc"], limit=2)
-        assert found == {"arc": {"acc": 0.5, "acc_stderr": 0.1, "exact,strict-match": 8}}
-        with pytest.raises(PumiceError, match="could not run tasks unknown"):
-            lm_eval_tasks(model, tokenizer, ["unknown"])
-    finally:
-        for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
-            del sys.modules[name]
+    rows = [{"query": f"w{i} w{i + 1}", "choices": ["w9", "w8 w7"], "gold": i % 2} for i in range(12)]
+    file = write(tmp_path / "mine.jsonl", rows)
+    (tmp_path / "mine.yaml").write_text(LM_EVAL_TASK.format(file=file))
+    theirs = lm_eval_tasks(model, tokenizer, [str(tmp_path / "mine.yaml")])["mine"]
+    ours = jsonl_task(model, tokenizer, file, progress=False)
+    assert theirs == pytest.approx(ours)
+    assert 0 < ours["acc"] < 1
+    with pytest.raises(PumiceError, match="could not run tasks no_such_task"):
+        lm_eval_tasks(model, tokenizer, ["no_such_task"])
 
 
 def test_shared_tasks_have_the_known_shapes():

@@ -173,6 +173,13 @@ def test_options_of_methods_by_text():
             recipes.set_options("sparsegpt", {}, [setting])
 
 
+@pytest.mark.parametrize("axis", recipes.AXES)
+@pytest.mark.parametrize(("spec", "said"), [({"owl": {"lam": 1}}, "has no 'name'"), (["owl"], "is no method")])
+def test_a_method_written_in_the_wrong_form(axis, spec, said):
+    with pytest.raises(PumiceError, match=f"{axis}=.*{said}"):
+        recipes.resolve("wanda", **{axis: spec})
+
+
 def test_every_field_is_an_argument_of_prune():
     from pumice.engine.prune import prune
 

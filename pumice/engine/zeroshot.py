@@ -158,7 +158,8 @@ def lm_eval_tasks(
 ) -> dict[str, dict[str, Any]]:
     """Run tasks of lm-evaluation-harness on the model in memory: metrics by task, with lm-eval's filter suffix removed.
 
-    Raises PumiceError where lm-eval is not installed or does not know a task.
+    A task is a name that lm-eval knows or the path of a task's .yaml. Raises PumiceError where lm-eval is not installed
+    or does not know a task.
     """
     if importlib.util.find_spec("lm_eval") is None:
         known = sorted(file.stem for file in Path(tasks_dir).glob("*.jsonl")) if tasks_dir is not None else []
@@ -175,10 +176,14 @@ def lm_eval_tasks(
         output = simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit)
     except (KeyError, ValueError, OSError) as error:
         raise PumiceError(f"lm-eval could not run tasks {', '.join(tasks)} ({error}): check their names.") from error
-    results = output["results"]
+    assert output is not None  # None is for the other processes of a distributed run
     return {
-        task: {name.removesuffix(",none"): value for name, value in metrics.items() if name != "alias"}
-        for task, metrics in results.items()
+        task: {
+            "n" if name == "sample_len" else name.removesuffix(",none"): value
+            for name, value in metrics.items()
+            if name not in ("alias", "name")
+        }
+        for task, metrics in output["results"].items()
     }
 
 
