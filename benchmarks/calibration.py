@@ -1,8 +1,8 @@
 """What calibration spends its time on: the Gram matrix and attention, our kernels beside PyTorch's, and all of SparseGPT.
 
 Shapes are those of SmolLM2-135M with one batch of calibration windows. Backends take turns in one run; medians.
-Errors are the largest difference from float64 as a share of the largest value. PyTorch's float32 matmul that reads
-bf16 (`fp32_precision = "bf16"`) is in the table too: it rounds the result as well, which its error shows.
+Errors are the largest difference from float64 as a share of the largest value. PyTorch's switch for float32 products
+that read bf16 (`fp32_precision = "bf16"`) is in the table too: its error shows whether this CPU heeds it.
 
     python benchmarks/calibration.py                       # writes benchmarks/results/calibration.json
     python benchmarks/calibration.py --shared ../shared    # and all of SparseGPT, with and without the two kernels
@@ -90,16 +90,16 @@ def attention(batch: int, heads: int, tokens: int, features: int, rounds: int) -
     for backend in usable(call):
         run = backend.prepare((None, True), None)
         runs[f"pumice: {backend.name}" if backend.name != "torch" else "torch bf16"] = lambda run=run: run(q, k, v)
-    wide = [x.float() for x in (q, k, v)]
-    runs["torch float32"] = lambda: F.scaled_dot_product_attention(*wide, is_causal=True)
-    truth = F.scaled_dot_product_attention(*(x.double() for x in (q, k, v)), is_causal=True)
+    a, b, c = (x.float() for x in (q, k, v))
+    runs["torch float32"] = lambda: F.scaled_dot_product_attention(a, b, c, is_causal=True)
+    truth = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
     return judged(runs, truth, rounds, upper=False)
 
 
 def sparsegpt(shared: Path) -> dict[str, float]:
     """Seconds to prune SmolLM2 at 50 % with and without the two kernels."""
     dense, calibration, _, _ = smollm2(shared)
-    windows = calibration(0)
+    windows = calibration("0")
     native = [b for op in ("gram", "attention") for b in dispatch.backends(op) if b.name != "torch"]
     seconds = {}
     for name, refuse in (("with both kernels", None), ("without them", lambda call: "switched off to be compared")):

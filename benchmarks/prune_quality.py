@@ -4,7 +4,8 @@ Protocol (that of the reference numbers): SmolLM2-135M-Instruct, 64 calibration 
 from WikiText-2 valid, blocks pruned in order, embeddings, head and norms dense, token perplexity over the first 48
 non-overlapping windows of 1024 tokens of WikiText-2 test. stories15M: 64 windows of 256 tokens from the first half of
 the stories, 192 windows of the second half, BOS before each story. Weights float32; matrix products read bf16 inputs
-and accumulate in float32, in calibration (where Pumice would choose so by itself) and, on SmolLM2, in evaluation.
+and accumulate in float32, in calibration (where Pumice would choose so by itself) and, on SmolLM2, in evaluation (by
+PyTorch's switch for it, where the CPU heeds it).
 
     python benchmarks/prune_quality.py --shared ../shared            # everything that is not in the results yet
     python benchmarks/prune_quality.py --shared ../shared --only smollm2 --redo
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,7 +48,8 @@ class Row:
     score: Any = None
     recover: Any = "none"
     allocation: Any = None
-    seed: int = 0
+    draw: str = "0"
+    """Seed of the calibration windows; "theirs": as the authors' loaders draw with their default seed."""
 
     @property
     def key(self) -> str:
@@ -58,13 +61,13 @@ def rows(table: dict[tuple[float | None, str | None], dict[str, float | None]]) 
     made = []
     for (density, pattern), methods in table.items():
         for label, reference in methods.items():
-            axes, _, seed = label.partition(", draw ")
+            axes, _, draw = label.partition(", draw ")
             head, _, tail = axes.partition(" + ")
             allocation = head if head in ("owl", "lamp", "global", "er", "erk") else None
             main = tail if allocation else head
             score = "obs" if main == "sparsegpt" else main
             recover = "obs" if main == "sparsegpt" else "dsnot" if tail == "dsnot" else "none"
-            made.append(Row(label, reference, density, pattern, score, recover, allocation, int(seed or 0)))
+            made.append(Row(label, reference, density, pattern, score, recover, allocation, draw or "0"))
     return made
 
 
@@ -79,9 +82,10 @@ SMOLLM2 = rows(
         (0.3, None): {
             "wanda": 928.0,
             "owl + wanda": 714.0,
-            # At this density perplexity depends on the draw of the calibration windows by several per cent.
+            # At this density perplexity depends on the draw of the calibration windows by more than ten per cent.
             "owl + wanda, draw 1": 714.0,
-            "owl + wanda, draw 2": 714.0,
+            "owl + wanda, draw theirs": 714.0,
+            "wanda, draw theirs": 928.0,
             "wanda + dsnot": 948.0,
             "sparsegpt": 180.0,
             "owl + sparsegpt": None,
@@ -111,17 +115,30 @@ STORIES = rows(
 )
 
 
-Draw = Callable[[int], torch.Tensor]
+Draw = Callable[[str], torch.Tensor]
+
+
+def their_windows(ids: torch.Tensor, count: int, length: int) -> torch.Tensor:
+    """Windows at the places where Wanda's, SparseGPT's and OWL's loaders cut them: Python's `random`, seed 0."""
+    generator = random.Random(0)
+    starts = [generator.randint(0, len(ids) - length - 1) for _ in range(count)]
+    return torch.stack([ids[start : start + length] for start in starts])
 
 
 def smollm2(shared: Path) -> tuple[nn.Module, Draw, torch.Tensor, bool]:
-    """Model, calibration windows by seed, evaluation windows, whether evaluation reads bf16 inputs."""
+    """Model, calibration windows by draw, evaluation windows, whether evaluation reads bf16 inputs."""
     loaded = load_model(demo_model(), dtype=torch.float32)
     text = shared / "data" / "wikitext2"
     valid = data.tokenize((text / "wiki.valid.tokens").read_text(), loaded.tokenizer)
     test = data.tokenize((text / "wiki.test.raw.joined.txt").read_text(), loaded.tokenizer)
     evaluation = data.consecutive_windows(test, 1024, 48)
-    return loaded.model, lambda seed: data.random_windows(valid, 64, 1024, seed), evaluation, True
+
+    def draw(name: str) -> torch.Tensor:
+        if name == "theirs":
+            return their_windows(valid, 64, 1024)
+        return data.random_windows(valid, 64, 1024, int(name))
+
+    return loaded.model, draw, evaluation, True
 
 
 def stories(shared: Path) -> tuple[nn.Module, Draw, torch.Tensor, bool]:
@@ -131,8 +148,8 @@ def stories(shared: Path) -> tuple[nn.Module, Draw, torch.Tensor, bool]:
     first, second = data.halves(text if isinstance(text, list) else [text])
     evaluation = data.windows_from_documents(second, loaded.tokenizer, 192, 256)
 
-    def draw(seed: int) -> torch.Tensor:
-        return data.windows_from_documents(first, loaded.tokenizer, 64, 256, random=True, seed=seed)
+    def draw(name: str) -> torch.Tensor:
+        return data.windows_from_documents(first, loaded.tokenizer, 64, 256, random=True, seed=int(name))
 
     return loaded.model, draw, evaluation, False
 
@@ -179,7 +196,7 @@ def run(name: str, shared: Path, results: dict[str, Any], redo: bool, match: str
         axes = {k: getattr(row, k) for k in ("score", "recover", "allocation", "pattern", "density")}
         start = time.perf_counter()
         # Magnitude and random look at no data; without any they need no walk through the model.
-        given = None if row.label in ("magnitude", "random") else calibration(row.seed)
+        given = None if row.label in ("magnitude", "random") else calibration(row.draw)
         result = pumice.prune(model, row.score, data=given, compute="bfloat16" if bf16 else "float32", **axes)
         seconds = time.perf_counter() - start
         table[row.key] = {

@@ -18,7 +18,9 @@ from pumice.core.errors import PumiceError
 Spec = str | dict[str, Any]
 DEFAULT = "sparsegpt"
 """What method "auto" means."""
-AXES = ("score", "recover", "allocation")
+AXES = ("score", "recover", "allocation", "goal")
+USUAL = {"recover": "none", "allocation": "uniform", "goal": "layer"}
+"""What an axis is where a recipe does not name it."""
 PLACEMENT = ("pattern", "density", "targets", "ignore")
 RUN = ("samples", "seqlen", "seed", "data", "compute")
 ABOUT = ("name", "summary", "paper", "key")
@@ -31,6 +33,7 @@ class Recipe:
     score: Annotated[Spec, "how weights are scored (pumice methods score)"]
     recover: Annotated[Spec | None, "how the kept weights make up for the pruned ones (pumice methods recover)"] = None
     allocation: Annotated[Spec | None, "how the density is shared between layers (pumice methods allocation)"] = None
+    goal: Annotated[Spec | None, "whose outputs a pruned layer reproduces (pumice methods goal)"] = None
     pattern: Annotated[str | None, "which zeros are legal: unstructured, 2:4, 16x32, row, column, …"] = None
     density: Annotated[float | None, "share of weights to keep in each pruned layer, in (0, 1]; N:M fixes it"] = None
     targets: Annotated[tuple[str, ...] | None, "names of layers to prune, * allowed"] = None
@@ -245,10 +248,10 @@ def resolve(method: str | Path | Recipe = "auto", **overrides: Any) -> dict[str,
     given = {name: value for name, value in overrides.items() if value is not None}
     if tuple(given.get("ignore", ())) == DEFAULT_IGNORE:
         del given["ignore"]
-    base = {"recover": "none", **recipe.axes()}
+    base = {"recover": USUAL["recover"], **recipe.axes()}
     if "pattern" in given and "density" not in given and _fixes_density(given["pattern"]):
         base.pop("density", None)
-    usual = {"allocation": "uniform", **base}
+    usual = {**USUAL, **base}
     bound = {axis: family(axis).bind(given[axis]) for axis in AXES if axis in given}
     changed = [axis for axis in bound if _spec(given[axis]) != _spec(usual[axis])]
     name = " + ".join([recipe.name, *(f"{axis} {bound[axis].name}" for axis in changed)])

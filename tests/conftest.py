@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What one test measures is not for another: nothing can be kept here.
+os.environ["PUMICE_CACHE"] = os.devnull
 ROOT = Path(__file__).resolve().parent.parent
 
 

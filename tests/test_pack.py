@@ -49,6 +49,34 @@ def test_the_fastest_layout_is_kept_and_the_reason_told(fast, monkeypatch):
     torch.testing.assert_close(packed(x), before, rtol=1e-4, atol=1e-4)
 
 
+def test_what_was_measured_here_is_not_measured_again(monkeypatch, tmp_path):
+    monkeypatch.setenv("PUMICE_CACHE", str(tmp_path))
+    clock("bitmask", monkeypatch)
+    first = pumice.describe(pumice.pack(model(), batch=(1, 4), progress=False))
+    clock("dense", monkeypatch)
+    again = pumice.describe(pumice.pack(model(), batch=(1, 4), progress=False))
+    assert again == first
+    changed = {
+        "batch": pumice.pack(model(), batch=4, progress=False),
+        "density": pumice.pack(model(0.4), batch=(1, 4), progress=False),
+        "remeasure": pumice.pack(model(), batch=(1, 4), remeasure=True, progress=False),
+    }
+    for why, net in changed.items():
+        assert {layer.layout for layer in pumice.describe(net).layers} == {"dense"}, why
+    assert pumice.describe(pumice.pack(model(), batch=(1, 4), progress=False)).layers[0].layout == "dense"
+
+
+def test_a_damaged_or_forbidden_cache_only_costs_the_time(monkeypatch, tmp_path):
+    clock("bitmask", monkeypatch)
+    for folder in (tmp_path, tmp_path / "file" / "below"):
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("PUMICE_CACHE", str(folder))
+        pumice.pack(model(), progress=False)
+        for file in folder.glob("pack/*.json"):
+            file.write_text('{"layout": "bit')
+        assert pumice.describe(pumice.pack(model(), progress=False)).layers[0].layout == "bitmask"
+
+
 def test_unpack_gives_the_very_weights_back(monkeypatch):
     clock("bitmask", monkeypatch)
     net = model()

@@ -81,8 +81,9 @@ def interrupt_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
         {"score": "wanda", "allocation": "owl", "density": 0.4},
         {"score": "magnitude", "allocation": "global", "density": 0.5},
         {"score": "taylor", "density": 0.5},
+        {"score": "obs", "recover": "alps", "goal": "dense", "density": 0.5},
     ],
-    ids=["sparsegpt", "owl", "global", "taylor"],
+    ids=["sparsegpt", "owl", "global", "taylor", "dense goal"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(folder, tmp_path, axes, in_memory, monkeypatch):
     def run(out: Path, **options):

@@ -388,7 +388,7 @@ class Disk:
     def _empty(self, module):
         module.to_empty(device="meta")
 
-    def load(self, name, module):
+    def load(self, name, module, original=False):
         assert name not in self.loaded
         module.to_empty(device="cpu")
         module.load_state_dict(self.weights[name])

@@ -77,11 +77,10 @@ def results() -> list[Mapping[str, Any]] | None:
 
 def _recipe_row(recipe: Recipe, measured: list[Mapping[str, Any]] | None) -> dict[str, Any]:
     from pumice.core import registry
-    from pumice.recipe import resolve
+    from pumice.recipe import AXES, USUAL, resolve
 
     axes = resolve(recipe)
-    parts = {axis: _name(axes.get(axis)) for axis in ("score", "recover", "allocation")}
-    parts["allocation"] = parts["allocation"] or "uniform"
+    parts = {axis: _name(axes.get(axis, USUAL.get(axis))) for axis in AXES}
     infos = [registry.family(family).get(str(name)) for family, name in parts.items()]
     chosen = {**parts, "pattern": recipe.pattern, "density": recipe.density}
     return {
@@ -98,8 +97,10 @@ def _recipe_row(recipe: Recipe, measured: list[Mapping[str, Any]] | None) -> dic
 
 
 def _method_row(info: MethodInfo, measured: list[Mapping[str, Any]] | None) -> dict[str, Any]:
+    from pumice.recipe import AXES
+
     accepted: list[str] | None = None
-    if info.family in ("score", "recover", "allocation"):
+    if info.family in AXES:
         accepted = _accepted(**{"score": "magnitude", info.family: info.name})
     options = {
         one.name: {"type": getattr(one.type, "__name__", str(one.type)), "default": one.default, "help": one.help}
@@ -159,11 +160,13 @@ def _measured(chosen: Mapping[str, Any], measured: list[Mapping[str, Any]] | Non
     if measured is None:
         return None
     from pumice.prune.axes import pattern_family
+    from pumice.recipe import USUAL
     from pumice.weights.patterns.base import parse
 
     def same(recipe: Mapping[str, Any]) -> bool:
         for axis, wanted in chosen.items():
-            got = recipe.get(axis)
+            # Results from before an axis existed were made with what is usual on it.
+            got = recipe.get(axis, USUAL.get(axis))
             if axis == "pattern" and wanted is not None:
                 if wanted not in (got, pattern_family(parse(str(got)))):
                     return False

@@ -78,7 +78,7 @@ def prune(
 ) -> Output:
     """Prune a model and save it small.
 
-    The method is a recipe over axes (score, recovery, allocation, pattern); options given here override it. Blocks
+    The method is a recipe over axes (score, recovery, allocation, goal, pattern); options given here override it. Blocks
     that are finished survive an interruption; --resume goes on.
     """
     if method is not None and recipe is not None:

@@ -179,6 +179,7 @@ def pack(
     threads: Threads = None,
     values: Annotated[str | None, typer.Option(help="Change the type first: bfloat16, float16 or float32.")] = None,
     every: Annotated[bool, typer.Option("--all", help="One line per layer instead of one per kind of layer.")] = False,
+    remeasure: Annotated[bool, typer.Option("--remeasure", help="Time again what was timed here before.")] = False,
     device: Device = "cpu",
     dtype: Dtype = "auto",
 ) -> Output:
@@ -188,7 +189,8 @@ def pack(
 
     _set_threads(threads)
     loaded = _load(model, device, dtype)
-    found = describe(run_pack(loaded.model, batch=numbers(batch, "batch"), values=values)).to_dict()
+    packed = run_pack(loaded.model, batch=numbers(batch, "batch"), values=values, remeasure=remeasure)
+    found = describe(packed).to_dict()
     return Output({"model": model, **found}, lambda console: _show_pack(console, found, every))
 
 

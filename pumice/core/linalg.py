@@ -50,3 +50,49 @@ def inverse_factor(hessian_II: Tensor, damp: float) -> tuple[Tensor, float]:
     r = lower.flip(0, 1)
     eye = torch.eye(len(r), dtype=r.dtype, device=r.device)
     return torch.linalg.solve_triangular(r, eye, upper=True), used
+
+
+def refit(
+    hessian_II: Tensor, goal_OI: Tensor, mask_OI: Tensor, start_OI: Tensor, *, steps: int, tolerance: float = 1e-4
+) -> Tensor:
+    """The weights on `mask` that come nearest to `goal`: argmin tr((W−G) H (W−G)ᵀ), all rows at once.
+
+    Conjugate gradients, preconditioned by H's diagonal and restricted to each row's support, from `start` (zeros
+    outside the mask are kept). The error never grows from step to step; with as many steps as a row keeps weights the
+    result is exact. Rows that are within `tolerance` of their first residual stand still.
+
+    Args:
+        hessian_II: positive definite (damp it first).
+    """
+    scale = torch.diagonal(hessian_II).rsqrt()
+    normed = hessian_II * scale * scale[:, None]
+    mask = mask_OI.to(goal_OI.dtype)
+    start = start_OI * mask
+    change = torch.zeros_like(start)
+    residual = (((goal_OI - start) / scale) @ normed) * mask
+    direction = residual.clone()
+    square = residual.square().sum(1, keepdim=True)
+    first = square.clone()
+    for _ in range(steps):
+        if not bool((square > first * tolerance**2).any()):
+            break
+        image = (direction @ normed) * mask
+        curvature = (direction * image).sum(1, keepdim=True)
+        # A row that has arrived has no direction left; it must not divide by zero.
+        step = torch.where(curvature > 0, square / curvature.clamp(min=1e-30), 0)
+        change.addcmul_(step, direction)
+        residual.addcmul_(step, image, value=-1)
+        before, square = square, residual.square().sum(1, keepdim=True)
+        ratio = torch.where(before > 0, square / before.clamp(min=1e-30), 0)
+        direction.mul_(ratio).add_(residual)
+    return start + change * scale
+
+
+def damped(hessian_II: Tensor, damp: float) -> Tensor:
+    """H + damp·mean(diag H)·I, with a one (or that mean) for inputs that are always zero; a copy."""
+    hessian = hessian_II.clone()
+    diagonal = torch.diagonal(hessian)
+    mean = float(diagonal.mean())
+    diagonal[diagonal <= 0] = mean if mean > 0 else 1.0
+    diagonal += damp * (mean if mean > 0 else 1.0)
+    return hessian

@@ -202,9 +202,10 @@ class Family:
 scorer = Family("score", "pumice.prune.score", scope="layer")
 recovery = Family("recover", "pumice.prune.recover", selects=False, patterns=None)
 allocation = Family("allocation", "pumice.prune.allocate", compares_score=False)
+goal = Family("goal", "pumice.prune.goal")
 pattern = Family("pattern", "pumice.weights.patterns", grammar="")
 layout = Family("layout", "pumice.weights.layouts", storable=True)
-FAMILIES = {family.name: family for family in (scorer, recovery, allocation, pattern, layout)}
+FAMILIES = {family.name: family for family in (scorer, recovery, allocation, goal, pattern, layout)}
 
 
 def family(name: str) -> Family:

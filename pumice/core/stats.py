@@ -25,6 +25,7 @@ LAYER_STATS = {
     "input_mean": "E[x] of every input, [I]",
     "input_var": "Var[x] of every input, [I]",
     "hessian": "E[x xᵀ], [I, I]: half the Hessian of the layer's mean squared output error",
+    "cross": "E[x_dense xᵀ], [I, I]: what the layer reads in the dense model beside what it reads now",
     "input": "a sample of the layer's inputs, [S, I]",
     "output": "what the dense layer gives (without bias) for that sample, [S, O]",
 }
@@ -73,10 +74,12 @@ class Accumulator:
             self.sums["square"] = torch.zeros(shape, dtype=torch.float64, device=self.device)
         if self.needs & {"input_mean", "input_var"}:
             self.sums["sum"] = torch.zeros(shape, dtype=torch.float64, device=self.device)
-        if "hessian" in self.needs:
-            self.sums["gram"] = torch.zeros(*shape, self.width, device=self.device)
+        for need, name in (("hessian", "gram"), ("cross", "cross")):
+            if need in self.needs:
+                self.sums[name] = torch.zeros(*shape, self.width, device=self.device)
 
-    def update(self, x_GTI: Tensor) -> None:
+    def update(self, x_GTI: Tensor, dense_GTI: Tensor | None = None) -> None:
+        """Add a batch; `dense_GTI` is the same rows in the dense model."""
         x = x_GTI.float()
         self.count += x.shape[1]
         if "square" in self.sums:
@@ -87,6 +90,9 @@ class Accumulator:
             self.sums["sum"] += x.sum(1, dtype=torch.float64)
         for group in range(self.groups if "gram" in self.sums else 0):
             add_gram(self.sums["gram"][group], x[group], self.bf16)
+        if "cross" in self.sums:
+            assert dense_GTI is not None
+            self.sums["cross"].baddbmm_(dense_GTI.float().mT, x)
         if self.needs & {"input", "output"} and x.shape[1]:
             step = max(1, x.shape[1] // self.rows_per_batch)
             self.samples.append(x[:, ::step][:, : self.rows_per_batch].clone())
@@ -106,6 +112,8 @@ class Accumulator:
         if "gram" in self.sums:
             gram = self.sums["gram"] / self.count
             out["hessian"] = torch.triu(gram) + torch.triu(gram, 1).mT
+        if "cross" in self.sums:
+            out["cross"] = self.sums["cross"] / self.count
         if self.samples:
             out["input"] = torch.cat(self.samples, dim=1)
         return out
@@ -164,6 +172,9 @@ class Capture(TorchFunctionMode):
     tensors as well, `diverged` is true and the statistics have to be taken again with `share=False`.
 
     A pass is ended as soon as every weight has been used, unless the first pass used one of them twice.
+
+    `dense` holds what the layers read of the next batch in the dense model, for the statistic "cross"; views whose rows
+    there are others (experts that get other tokens) end up in `unpaired`.
     """
 
     def __init__(
@@ -174,9 +185,12 @@ class Capture(TorchFunctionMode):
         batches: int,
         bf16: bool = False,
         share: bool = True,
+        dense: Mapping[str, list[Tensor]] | None = None,
     ) -> None:
         super().__init__()
         self.views, self.needs, self.bf16, self.share = list(views), needs, bf16, share
+        self.dense = dense or {}
+        self.unpaired: set[str] = set()
         self.rows_per_batch = max(1, -(-SAMPLE_ROWS // max(1, batches)))
         self.accumulators: dict[str, Accumulator] = {}
         self.token_mask: Tensor | None = None
@@ -250,16 +264,29 @@ class Capture(TorchFunctionMode):
             seen.readers.add(view.name)
             return
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            rows = self._without_padding(x.detach())[None] if conv is None else _conv_inputs(x.detach(), weight, conv)
+            rows = self._rows(x, weight, conv)
             if known is None:
                 width = view.shape_OI[1]
                 known = Accumulator(self.needs, rows.shape[0], width, x.device, self.rows_per_batch, self.bf16)
                 self.accumulators[view.name] = known
-            known.update(rows)
+            known.update(rows, self._twin(view, rows) if "cross" in self.needs else None)
         if seen is None:
             self._batch[key] = _Seen(x, known, {view.name})
         else:
             self._sharing.setdefault(id(known), set()).add(frozenset({view.name}))
+
+    def _rows(self, x: Tensor, weight: Tensor, conv: dict[str, Any] | None) -> Tensor:
+        """What the layer multiplies its weight with, [G, T, I]."""
+        return self._without_padding(x.detach())[None] if conv is None else _conv_inputs(x.detach(), weight, conv)
+
+    def _twin(self, view: WeightView, rows: Tensor) -> Tensor:
+        """The same rows in the dense model; these very rows where an expert gets other tokens there."""
+        found = self.dense.get(view.name)
+        twin = found.pop(0) if found else None
+        if twin is None or twin.shape != rows.shape:
+            self.unpaired.add(view.name)
+            return rows
+        return twin
 
     def _without_padding(self, x: Tensor) -> Tensor:
         mask = self.token_mask
@@ -295,6 +322,19 @@ class Capture(TorchFunctionMode):
                 w_GOI = view.read().unflatten(0, (view.groups, -1))
                 out[view.name]["output"] = stats["input"] @ w_GOI.mT
         return out
+
+
+class Inputs(Capture):
+    """Keeps what every view reads in a pass of the dense model, row by row, and lets the pass come to its end."""
+
+    def __init__(self, views: Sequence[WeightView], token_mask: Tensor | None) -> None:
+        super().__init__(views, frozenset(), batches=1)
+        self.token_mask = token_mask
+        self.seen: dict[str, list[Tensor]] = {view.name: [] for view in self.views}
+
+    def _use(self, view: WeightView, x: Tensor, weight: Tensor, conv: dict[str, Any] | None) -> None:
+        with torch.autocast(x.device.type, enabled=False):
+            self.seen[view.name].append(self._rows(x, weight, conv))
 
 
 _CONVOLUTIONS = {torch.conv1d, torch.conv2d}

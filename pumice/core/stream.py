@@ -31,22 +31,22 @@ from pumice.core.calls import (
 )
 from pumice.core.errors import PumiceError
 from pumice.core.precision import products
-from pumice.core.stats import Capture, EndOfPass, evaluating
+from pumice.core.stats import Capture, EndOfPass, Inputs, evaluating
 from pumice.core.view import WeightView
 
 
 class Source(Protocol):
-    """Where the weights of a unit live between its turns."""
+    """Where the weights of a unit live between its turns; `original` asks for them as they were before any pruning."""
 
-    def load(self, name: str, module: nn.Module) -> None: ...
+    def load(self, name: str, module: nn.Module, original: bool = False) -> None: ...
     def free(self, name: str, module: nn.Module) -> None: ...
 
 
 class InMemory:
     """The model is all there: nothing to load or free."""
 
-    def load(self, name: str, module: nn.Module) -> None:
-        del name, module
+    def load(self, name: str, module: nn.Module, original: bool = False) -> None:
+        del name, module, original
 
     def free(self, name: str, module: nn.Module) -> None:
         del name, module
@@ -100,6 +100,33 @@ def _hooks(handles: list[Any]) -> Iterator[None]:
             handle.remove()
 
 
+_Entries = tuple[list[list[Tensor]], dict[str, list[list[CallRecord]]]]
+"""Hidden states in front of a segment, by batch and call, and how each of its units is called."""
+
+
+class _Pair:
+    """The dense model's activations in front of a unit, and behind it as far as they are known."""
+
+    def __init__(self, unit: Unit, states: list[list[Tensor]], calls: list[list[CallRecord]]) -> None:
+        self.unit, self.states, self.calls = unit, states, calls
+        self.behind: dict[int, list[Tensor]] = {}
+
+    def run(self, index: int, mask: Tensor | None) -> dict[str, list[Tensor]]:
+        """Run one batch through the unit, which is still dense; what its layers read."""
+        inputs = Inputs(self.unit.views, mask)
+        with inputs:
+            self.behind[index] = [
+                hidden_of(record.call(self.unit.module, state.clone()))
+                for record, state in zip(self.calls[index], self.states[index], strict=True)
+            ]
+        return inputs.seen
+
+    def moved_on(self) -> list[list[Tensor]]:
+        if len(self.behind) < len(self.states):
+            raise RuntimeError("the unit was changed before its dense activations were taken")
+        return [self.behind[index] for index in range(len(self.states))]
+
+
 Collect = Callable[[frozenset[str]], dict[str, dict[str, Tensor]]]
 Visit = Callable[[Unit, Collect], None]
 
@@ -110,6 +137,7 @@ class Stream:
     Args:
         compute: dtype of the matrix products of the forward passes: float32, or bfloat16 (autocast; the residual
             stream stays in the model's dtype).
+        dense: keep the dense model's activations beside the changed one's, for the statistic "cross".
     """
 
     def __init__(
@@ -120,11 +148,14 @@ class Stream:
         *,
         compute: torch.dtype = torch.float32,
         source: Source | None = None,
+        dense: bool = False,
     ) -> None:
         if not batches:
             raise PumiceError("data is empty: the method needs at least one calibration batch.")
         self.model, self.batches, self.compute = model, list(batches), compute
         self.source: Source = source or InMemory()
+        self.dense = dense
+        self.unpaired: set[str] = set()
         self.device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
         self._repeated: set[str] = set()
         self._wrapping: dict[str, Any] = {}
@@ -151,12 +182,12 @@ class Stream:
     def _precision(self) -> AbstractContextManager[None]:
         return products(self.device.type, self.compute)
 
-    def _loading(self, units: Sequence[Unit]) -> list[Any]:
+    def _loading(self, units: Sequence[Unit], original: bool) -> list[Any]:
         handles = []
         for unit in units:
 
             def before(module: nn.Module, args: Any, *, name: str = unit.name) -> None:
-                self.source.load(name, module)
+                self.source.load(name, module, original)
 
             def after(module: nn.Module, args: Any, output: Any, *, name: str = unit.name) -> None:
                 self.source.free(name, module)
@@ -199,7 +230,7 @@ class Stream:
 
             return hook
 
-        handles = self._loading(units)
+        handles = self._loading(units, original=self.dense)
         for unit in units:
             handles.append(unit.module.register_forward_pre_hook(before(unit), with_kwargs=True))
             handles.append(unit.module.register_forward_hook(after(unit), with_kwargs=True))
@@ -218,7 +249,7 @@ class Stream:
             if len(run) == 1:
                 continue
             try:
-                records = self._enter(run, self.batches[0])
+                records = self._enter(run, self.batches[0], original=self.dense)
             except Exception:
                 # What the model does between the units does not work on what was passed over.
                 records = {}
@@ -239,7 +270,7 @@ class Stream:
                 runs.append([unit])
         return runs
 
-    def _enter(self, run: list[Unit], batch: Any) -> dict[str, list[CallRecord]]:
+    def _enter(self, run: list[Unit], batch: Any, original: bool = False) -> dict[str, list[CallRecord]]:
         """How one full pass calls the units of a segment; they are passed over, since only their arguments matter."""
         records: dict[str, list[CallRecord]] = {unit.name: [] for unit in run}
         originals = {unit.name: unit.module.__dict__.get("forward") for unit in run}
@@ -261,7 +292,7 @@ class Stream:
         try:
             for unit in run:
                 unit.module.forward = recorder(unit, unit.module.forward)  # type: ignore[method-assign]
-            with _hooks(self._loading(outside)), self._precision():
+            with _hooks(self._loading(outside, original)), self._precision():
                 call_model(self.model, batch)
         except EndOfPass:
             pass
@@ -276,32 +307,47 @@ class Stream:
         """Call `visit(unit, collect)` for every unit in order.
 
         `collect(needs)` runs the calibration data through the unit as it is and returns the statistics of its views.
-        Changed by `visit` or not, the unit then feeds the next one.
+        Changed by `visit` or not, the unit then feeds the next one. With `dense`, `visit` finds the unit's original
+        weights and must call `collect` (be it for nothing) before it changes them.
 
         Raises:
             PumiceError: activations are NaN or Inf (names the unit).
         """
         with self._running():
-            for run in self.segments():
-                self._walk_segment(run, visit)
+            runs = self.segments()
+            # Later segments are entered through the units before them, which are dense only now.
+            dense = [self._entries(run, original=True) if self.dense else None for run in runs]
+            for run, entries in zip(runs, dense, strict=True):
+                self._walk_segment(run, visit, entries)
 
-    def _walk_segment(self, run: list[Unit], visit: Visit) -> None:
+    def _entries(self, run: list[Unit], original: bool = False) -> _Entries:
+        """Hidden states at the start of a segment, by batch and call, and how its units are called."""
         calls: dict[str, list[list[CallRecord]]] = {unit.name: [] for unit in run}
         hidden: list[list[Tensor]] = []
         for batch in self.batches:
-            records = self._enter(run, batch)
+            records = self._enter(run, batch, original)
             hidden.append([self._widen(record.hidden()) for record in records[run[0].name]])
             for unit in run:
                 calls[unit.name].append([record.without_hidden() for record in records[unit.name]])
+        return hidden, calls
+
+    def _walk_segment(self, run: list[Unit], visit: Visit, dense: _Entries | None) -> None:
+        hidden, calls = self._entries(run)
+        states, dense_calls = dense if dense is not None else ([], {})
         for unit in run:
-            self.source.load(unit.name, unit.module)
+            self.source.load(unit.name, unit.module, original=self.dense)
+            pair = _Pair(unit, states, dense_calls[unit.name]) if dense is not None else None
             try:
-                visit(unit, lambda needs, unit=unit: self._collect(unit, calls[unit.name], hidden, needs))
+                visit(
+                    unit, lambda needs, unit=unit, pair=pair: self._collect(unit, calls[unit.name], hidden, needs, pair)
+                )
                 if unit is not run[-1]:
                     with self._precision():
                         self._advance(unit, calls[unit.name], hidden)
             finally:
                 self.source.free(unit.name, unit.module)
+            if pair is not None and unit is not run[-1]:
+                states = pair.moved_on()
             del calls[unit.name]
 
     def _widen(self, hidden: Tensor) -> Tensor:
@@ -309,15 +355,25 @@ class Stream:
         return hidden.float() if self.compute == torch.bfloat16 and hidden.is_floating_point() else hidden
 
     def _collect(
-        self, unit: Unit, calls: list[list[CallRecord]], hidden: list[list[Tensor]], needs: frozenset[str]
+        self,
+        unit: Unit,
+        calls: list[list[CallRecord]],
+        hidden: list[list[Tensor]],
+        needs: frozenset[str],
+        pair: _Pair | None,
     ) -> dict[str, dict[str, Tensor]]:
         for share in (True, False):
             capture = Capture(
                 unit.views, needs, batches=len(self.batches), bf16=self.compute == torch.bfloat16, share=share
             )
             with self._precision():
-                for batch, batch_calls, states in zip(self.batches, calls, hidden, strict=True):
-                    capture.next_batch(token_mask(batch))
+                for index, (batch, batch_calls, states) in enumerate(zip(self.batches, calls, hidden, strict=True)):
+                    mask = token_mask(batch)
+                    if pair is not None:
+                        capture.dense = pair.run(index, mask)
+                    if not needs:
+                        continue
+                    capture.next_batch(mask)
                     for record, state in zip(batch_calls, states, strict=True):
                         capture.next_call()
                         try:
@@ -328,6 +384,7 @@ class Stream:
                             continue
             if not capture.diverged:
                 break
+        self.unpaired |= capture.unpaired
         return capture.finish()
 
     def _advance(self, unit: Unit, calls: list[list[CallRecord]], hidden: list[list[Tensor]]) -> None:

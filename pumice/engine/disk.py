@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from pumice.core.errors import PumiceError
+from pumice.core.stream import InMemory
 from pumice.engine.models import class_for, clear_errors, gguf_file, locate, quiet, read_json, weight_files
 from pumice.engine.store import take_packed
 from pumice.engine.writer import Writer, join, restore_entry
@@ -88,14 +89,14 @@ class DiskSource:
     def __init__(self, model: nn.Module, shards: Shards, names: dict[str, str], writer: Writer) -> None:
         self.model, self.shards, self.names, self.writer = model, shards, names, writer
 
-    def load(self, name: str, module: nn.Module) -> None:
+    def load(self, name: str, module: nn.Module, original: bool = False) -> None:
         """Bring a unit's tensors into memory."""
-        finished = dict(parameters_of(self.writer, name)) if name in self.writer.done else {}
+        finished = dict(parameters_of(self.writer, name)) if name in self.writer.done and not original else {}
         buffers = {key for key, _ in module.named_buffers()}
         for key, tensor in [*module.named_parameters(), *module.named_buffers()]:
             full = join(name, key)
             # Buffers keep their memory (few bytes, some not in the checkpoint), but hold nothing true before this.
-            if full in self.names and (tensor.is_meta or key in buffers):
+            if full in self.names and (tensor.is_meta or key in buffers or full in finished):
                 put(self.model, full, finished[full] if full in finished else self.shards.get(self.names[full]))
 
     def free(self, name: str, module: nn.Module) -> None:
@@ -104,6 +105,21 @@ class DiskSource:
             for key, parameter in owner._parameters.items():
                 if parameter is not None:
                     owner._parameters[key] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+
+class Unfinished(InMemory):
+    """A model in memory of which an interrupted run had finished some units: they are put in where they are asked for."""
+
+    def __init__(self, model: nn.Module, writer: Writer) -> None:
+        self.model, self.writer = model, writer
+        self.waiting = set(writer.done)
+
+    def load(self, name: str, module: nn.Module, original: bool = False) -> None:
+        del module
+        if name in self.waiting and not original:
+            self.waiting.remove(name)
+            for key, tensor in parameters_of(self.writer, name):
+                put(self.model, key, tensor)
 
 
 def names_in_checkpoint(model: nn.Module, stored: set[str]) -> dict[str, str] | str:

@@ -15,6 +15,7 @@ from pumice.core.dispatch import Call
 from pumice.core.errors import PumiceError
 from pumice.core.progress import bar
 from pumice.core.view import WeightView, module_views
+from pumice.engine import verdicts
 from pumice.engine.layer_timing import Timing, Verdict, measure
 from pumice.weights.layouts.base import Packed
 from pumice.weights.layouts.base import pack as pack_as
@@ -71,17 +72,24 @@ class Description:
 
 
 def pack(
-    model: nn.Module, *, batch: int | Sequence[int] = (1,), values: str | None = None, progress: bool = True
+    model: nn.Module,
+    *,
+    batch: int | Sequence[int] = (1,),
+    values: str | None = None,
+    remeasure: bool = False,
+    progress: bool = True,
 ) -> nn.Module:
     """Swap each linear layer for the fastest way to run it here, in place; returns the model.
 
     Every layout that fits a layer's zeros is timed against the best dense backend on this machine, with the caller's
     thread count and weights out of cache, at the given batch sizes (rows: sequences × tokens of one forward pass).
     The layout with the best geometric mean wins, dense unless it is beaten by 3 %. `describe` tells what was chosen.
+    What was measured on this machine before, for such a layer, is not measured again.
 
     Args:
         batch: rows to optimise for, e.g. 1 for decoding one sequence.
         values: "bfloat16", "float16" or "float32" to change the model's type first; None keeps it.
+        remeasure: time everything again, whatever was measured before.
 
     Raises:
         PumiceError: a batch size below 1, or an unknown type of values.
@@ -99,9 +107,9 @@ def pack(
     choices: list[LayerChoice] = []
     with bar(len(jobs), "pack", enabled=progress, unit="layer") as shown, torch.no_grad():
         for name, module, packed in jobs:
-            key = _signature(packed)
+            key = (*_signature(packed), tuple(rows), budget)
             if key not in measured:
-                measured[key] = measure(packed, rows, budget)
+                measured[key] = _verdict(packed, key, rows, budget, remeasure)
             choice, new = _apply(name, module, packed, measured[key], rows)
             choices.append(choice)
             if new is not module:
@@ -190,6 +198,14 @@ def _signature(packed: Packed) -> Any:
     """Layers that may share one measurement."""
     kind = tuple(sorted(packed.params.items()))
     return packed.shape, packed.dtype, packed.layout, kind, round(_density(packed) * 40)
+
+
+def _verdict(packed: Packed, key: Any, rows: Sequence[int], budget: int, remeasure: bool) -> Verdict:
+    found = None if remeasure else verdicts.recall(key)
+    if found is None:
+        found = measure(packed, rows, budget)
+        verdicts.remember(key, found)
+    return found
 
 
 def _apply(

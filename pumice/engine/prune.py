@@ -15,7 +15,7 @@ from pumice.core.stats import split_needs
 from pumice.core.stream import InMemory, Source, Unit, find_units
 from pumice.core.view import DEFAULT_IGNORE, find_views
 from pumice.engine.data import make_data
-from pumice.engine.disk import DiskSource, load_rest, open_on_disk, parameters_of, put
+from pumice.engine.disk import DiskSource, Unfinished, load_rest, open_on_disk
 from pumice.engine.models import load_model, load_tokenizer
 from pumice.engine.plan import DryRun, compute_dtype, plan_run
 from pumice.engine.store import model_config, save_companions, tied_parameters
@@ -42,6 +42,7 @@ def prune(
     score: Any = None,
     recover: Any = None,
     allocation: Any = None,
+    goal: Any = None,
     tokenizer: Any = None,
     samples: int | None = None,
     seqlen: int | None = None,
@@ -65,7 +66,7 @@ def prune(
         data: calibration data: text file, Hugging Face dataset, token ids, batches or a DataLoader; None takes a text
             that every Python has.
         targets, ignore: patterns of layer names to prune, to leave dense.
-        score, recover, allocation: names, or `{"name": …, option: …}`.
+        score, recover, allocation, goal: names, or `{"name": …, option: …}`.
         samples, seqlen: calibration windows (64) and their length in tokens (1024, or the model's context).
         compute: "float32", or "bfloat16" matrix products while calibrating; "auto" (the default) takes bfloat16 for
             models of 50 million parameters and more where the machine multiplies it natively.
@@ -87,6 +88,7 @@ def prune(
             score=score,
             recover=recover,
             allocation=allocation,
+            goal=goal,
             pattern=pattern,
             density=density,
             targets=targets,
@@ -116,6 +118,7 @@ def plan_prune(
     score: Any = None,
     recover: Any = None,
     allocation: Any = None,
+    goal: Any = None,
     samples: int = 64,
     seqlen: int = 1024,
     compute: str = "auto",
@@ -132,6 +135,7 @@ def plan_prune(
             score=score,
             recover=recover,
             allocation=allocation,
+            goal=goal,
             pattern=pattern,
             density=density,
             targets=targets,
@@ -242,9 +246,10 @@ class _Job:
         pruner = self._pruner(model, self.batches(model), source=source, finished=finished, done=done, densities=before)
         pruner.measure_dense()
         if isinstance(source, InMemory):
-            for name in done:
-                for key, tensor in parameters_of(writer, name):
-                    put(model, key, tensor)
+            pruner.source = Unfinished(model, writer)
+            if "cross" not in pruner.layer_needs:
+                for name in done:
+                    pruner.source.load(name, model.get_submodule(name))
         result = pruner.run()
         for name, module in model.named_modules():
             if not any(name == unit or name.startswith(f"{unit}.") for unit in writer.done):

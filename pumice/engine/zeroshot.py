@@ -7,6 +7,7 @@ which context the same continuation is likeliest), `{"context", "continuation"}`
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import math
@@ -168,15 +169,15 @@ def lm_eval_tasks(
             f"tasks {', '.join(tasks)} are not local ({here}), and lm-eval is not installed: give .jsonl files, or run "
             "`pip install pumice[eval]`."
         )
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+    # Its decorators hide its signatures from type checkers.
+    simple_evaluate: Any = importlib.import_module("lm_eval").simple_evaluate
+    wrapper: Any = importlib.import_module("lm_eval.models.huggingface").HFLM
 
     try:
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        wrapped = wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         output = simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit)
     except (KeyError, ValueError, OSError) as error:
         raise PumiceError(f"lm-eval could not run tasks {', '.join(tasks)} ({error}): check their names.") from error
-    assert output is not None  # None is for the other processes of a distributed run
     return {
         task: {
             "n" if name == "sample_len" else name.removesuffix(",none"): value

@@ -100,6 +100,12 @@ def features() -> dict[str, Any]:
     }
 
 
+def native_build() -> str | None:
+    """Tells one build of the C++ kernels from another; None where there is none."""
+    file = getattr(cpu_backend.native, "__file__", None)
+    return None if file is None else f"{os.path.getsize(file)} bytes, {os.path.getmtime(file):.0f}"
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

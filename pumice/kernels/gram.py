@@ -2,7 +2,7 @@
 
 Legend: T tokens, I inputs. The "matrix" of a call is the sum [I, I]; `prepare(sum, None)` returns `run(x_TI) -> sum`,
 which adds to the upper triangle only. A call of dtype bfloat16 allows x to be read as bf16, with sums in float32;
-PyTorch's own way to do that (`fp32_precision = "bf16"`) rounds the result too, so that it is not used here.
+PyTorch's own switch for that (`fp32_precision = "bf16"`) is not heeded by every CPU (benchmarks/calibration.py).
 """
 
 from __future__ import annotations

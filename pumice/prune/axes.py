@@ -1,4 +1,4 @@
-"""A pruning method is a choice on four axes: score, recovery, allocation, pattern; here they are put together."""
+"""A pruning method is a choice on five axes: score, recovery, allocation, goal, pattern; here they are put together."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class Axes:
     score: Bound
     recover: Bound
     allocation: Bound
+    goal: Bound
     pattern: Pattern
     density: float
     targets: tuple[str, ...] | None = None
@@ -44,6 +45,7 @@ class Axes:
         pattern: str | Pattern | None = None,
         recover: Spec = "none",
         allocation: Spec | None = None,
+        goal: Spec = "layer",
         targets: Sequence[str] | None = None,
         ignore: Sequence[str] = DEFAULT_IGNORE,
         name: str = "",
@@ -67,6 +69,7 @@ class Axes:
             scorer,
             registry.recovery.bind(recover),
             share,
+            registry.goal.bind(goal),
             legal,
             legal.density(density),
             (targets,) if isinstance(targets, str) else None if targets is None else tuple(targets),
@@ -109,8 +112,8 @@ class Axes:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Statistics of score and recovery (the allocation's own come from the dense model)."""
-        return frozenset(self.score.info.needs) | frozenset(self.recover.info.needs)
+        """Statistics of score, recovery and goal (the allocation's own come from the dense model)."""
+        return frozenset().union(*(part.info.needs for part in (self.score, self.recover, self.goal)))
 
     @property
     def needs_data(self) -> bool:
@@ -135,6 +138,7 @@ class Axes:
             "score": self.score.describe(),
             "recover": self.recover.describe(),
             "allocation": self.allocation.describe(),
+            "goal": self.goal.describe(),
             "pattern": self.pattern.text,
             "density": self.density,
             "targets": list(self.targets) if self.targets is not None else None,

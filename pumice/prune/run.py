@@ -135,21 +135,21 @@ class Pruner:
             self._whole = self._model_stats()
         if self.densities:
             return
-        stream = self._stream()
+        stream = self._stream(dense=False)
         units = stream.units + stream.unreached if stream else find_units(self.model, self.views)
         self.densities = self._allocate(units, stream)
 
-    def _stream(self) -> Stream | None:
+    def _stream(self, dense: bool) -> Stream | None:
         if not self.batches:
             return None
-        return Stream(self.model, self.views, self.batches, compute=self.compute, source=self.source)
+        return Stream(self.model, self.views, self.batches, compute=self.compute, source=self.source, dense=dense)
 
     def run(self) -> PruneResult:
         """Prune everything; an exception leaves the finished units pruned and the others as they were."""
         start = time.perf_counter()
         self.measure_dense()
         # Without data the blocks come in module order; with data, the stream knows the order of execution.
-        stream = self._stream()
+        stream = self._stream(dense="cross" in self.layer_needs)
         units = stream.units + stream.unreached if stream else find_units(self.model, self.views)
         layers: list[LayerResult] = []
         with bar(len(units), f"prune ({self.axes.name})", enabled=self.progress, unit="block") as shown:
@@ -167,6 +167,8 @@ class Pruner:
                 self.source.load(unit.name, unit.module)
                 visit(unit, None)
                 self.source.free(unit.name, unit.module)
+        for name in sorted(stream.unpaired) if stream else ():
+            self.notes.append(f"{name}: gets other tokens in the dense model, so that it reproduces its own outputs")
         seconds = time.perf_counter() - start
         return PruneResult(
             self.axes.describe(), layers, seconds, peak_memory_bytes(), self.notes, resumed_units=len(self.done)
@@ -231,6 +233,10 @@ class Pruner:
 
     def _prune_unit(self, unit: Unit, collect: Collect | None) -> list[LayerResult]:
         if unit.name in self.done:
+            if collect is not None and "cross" in self.layer_needs:
+                # The dense activations pass on before the finished weights come in.
+                collect(frozenset())
+                self.source.load(unit.name, unit.module)
             return self.done[unit.name]
         stats = collect(self.layer_needs | {"input"}) if collect is not None else {}
         results = [self._prune_view(view, unit, stats.get(view.name)) for view in unit.views]
@@ -278,6 +284,8 @@ class Pruner:
         self, view: WeightView, w: Tensor, stats: dict[str, Tensor], score: Bound, recover: Bound, selector: Selector
     ) -> tuple[Tensor, Tensor]:
         flat = self._flat_stats(view, stats)
+        if self.axes.goal.name != "layer" and stats:
+            w = _goal(self.axes.goal, view, w, stats)
         if view.groups == 1 or recover.name == "none":
             itself = self.axes.selects_itself and score is self.axes.score
             return recover(w, flat, None if itself else lambda weight: _scores(score, weight, flat), selector)
@@ -298,6 +306,14 @@ class Pruner:
             itself = local and self.axes.selects_itself and score is self.axes.score
             parts.append(recover(w[part], own, None if itself else partial(_scores, score, stats=own), chosen))
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def _goal(goal: Bound, view: WeightView, w: Tensor, stats: Stats) -> Tensor:
+    """The weights that the layer is to reproduce, group by group; `stats` with a leading axis G."""
+    parts = w.unflatten(0, (view.groups, -1))
+    return torch.cat(
+        [goal(part, {name: value[group] for name, value in stats.items()}) for group, part in enumerate(parts)]
+    )
 
 
 def _scores(score: Bound, w: Tensor, stats: Stats) -> Tensor:

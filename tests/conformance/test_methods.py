@@ -11,6 +11,7 @@ from pumice.core import registry
 from pumice.core.errors import PumiceError
 from pumice.prune.axes import Axes
 from pumice.prune.run import Pruner
+from pumice.recipe import AXES, USUAL
 from tests import tiny
 
 SCORES = [info.name for info in registry.methods("score")]
@@ -120,6 +121,15 @@ def test_every_allocation(score, allocation):
             assert layer.density == pytest.approx(layer.asked, abs=2e-3)
 
 
+@pytest.mark.parametrize("goal", [info.name for info in registry.methods("goal")])
+@pytest.mark.parametrize("recover", RECOVERIES)
+def test_every_goal(recover, goal):
+    axes = Axes.make("wanda", recover=recover, goal=goal, density=0.5)
+    for model, batches in ((tiny.llama(), [{"input_ids": TOKENS}]), (plain(), images())):
+        before = copy.deepcopy(model.state_dict())
+        check(model, before, prune(model, axes, batches), axes)
+
+
 @pytest.mark.parametrize("score", SCORES)
 def test_the_seed_matters_only_where_there_is_chance(score):
     results = []
@@ -154,12 +164,12 @@ def test_density_one_changes_nothing(recover):
 def test_every_method_explains_itself(info):
     assert info.summary
     assert info.summary[-1] in ".)" or len(info.summary) > 20
-    if info.family in ("score", "recover", "allocation") and info.name not in ("none", "uniform"):
+    if info.family in AXES and info.name not in USUAL.values():
         assert info.paper, f"{info.name} names no paper"
     for option in info.options.values():
         assert isinstance(option.type, type), f"option {option.name} of {info.name} needs a plain type"
         assert isinstance(option.default, option.type | type(None))
-        if info.family in ("score", "recover", "allocation"):
+        if info.family in AXES:
             assert option.help, f"option {option.name} of {info.name} has no help"
             assert option.coerce(str(option.default), "text") == option.default
 
@@ -199,6 +209,7 @@ def test_the_description_names_everything_that_decides_the_result():
         "score": {"name": "wanda"},
         "recover": {"name": "obs", "damp": 0.1, "block": 128},
         "allocation": {"name": "uniform"},
+        "goal": {"name": "layer"},
         "pattern": "unstructured:row",
         "density": 0.5,
         "targets": ["fc*"],

@@ -19,7 +19,8 @@ def owl(
 ) -> dict[str, float]:
     """Blocks with more outliers of |W|·‖X‖ keep more: their share of outliers is mapped linearly onto density ± λ.
 
-    One density for all layers of a block. Statistics come from the dense model.
+    One density for all layers of a block. Statistics come from the dense model. λ and M are those of the authors' LLaMA
+    runs; the default of their program is M = 3, which is worse on SmolLM2.
 
     Raises:
         PumiceError: λ would push a block's density out of (0, 1].

@@ -1,0 +1,31 @@
+"""The dense model's outputs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from pumice.core.linalg import damped
+from pumice.core.registry import goal
+from pumice.core.stats import Stats
+
+
+@goal("dense", paper="arXiv:2504.02692", needs=("hessian", "cross"))
+def dense(
+    w_OI: Tensor,
+    stats: Stats,
+    *,
+    share: Annotated[float, "share of the drift of the inputs that the weights make up for"] = 1.0,
+    damp: Annotated[float, "share of the mean Hessian diagonal added to it"] = 0.01,
+) -> Tensor:
+    """What the layer gives in the dense model, on inputs that the pruned blocks before it have changed.
+
+    min ‖W x_dense − W' x‖² over unconstrained W' is W + W(C−H)(H+λ)⁻¹ with H = E[x xᵀ], C = E[x_dense xᵀ]: these are the
+    weights that scores and recovery then see, so that a layer also makes up for what was lost before it. The calibration
+    objective of GPTAQ; the closed form, the share and the damping are ours.
+    """
+    hessian = stats["hessian"]
+    drift = w_OI @ (stats["cross"] - hessian)
+    return w_OI + share * torch.linalg.solve(damped(hessian, damp), drift, left=False)
