@@ -21,7 +21,7 @@ DEFAULT = "sparsegpt"
 AXES = ("score", "recover", "allocation", "goal")
 USUAL = {"recover": "none", "allocation": "uniform", "goal": "layer"}
 """What an axis is where a recipe does not name it."""
-PLACEMENT = ("pattern", "density", "targets", "ignore")
+PLACEMENT = ("pattern", "density", "targets", "ignore", "sequential")
 RUN = ("samples", "seqlen", "seed", "data", "compute")
 ABOUT = ("name", "summary", "paper", "key")
 
@@ -38,6 +38,9 @@ class Recipe:
     density: Annotated[float | None, "share of weights to keep in each pruned layer, in (0, 1]; N:M fixes it"] = None
     targets: Annotated[tuple[str, ...] | None, "names of layers to prune, * allowed"] = None
     ignore: Annotated[tuple[str, ...] | None, "names of layers to leave dense, * allowed"] = None
+    sequential: Annotated[bool | None, "calibrate a block's layers one after the other, on what is pruned before"] = (
+        None
+    )
     samples: Annotated[int | None, "calibration windows"] = None
     seqlen: Annotated[int | None, "tokens in each calibration window"] = None
     seed: Annotated[int | None, "seed of the calibration draw and of random scores"] = None
@@ -255,6 +258,8 @@ def resolve(method: str | Path | Recipe = "auto", **overrides: Any) -> dict[str,
     bound = {axis: family(axis).bind(given[axis]) for axis in AXES if axis in given}
     changed = [axis for axis in bound if _spec(given[axis]) != _spec(usual[axis])]
     name = " + ".join([recipe.name, *(f"{axis} {bound[axis].name}" for axis in changed)])
+    usual_order = base.get("sequential", False)
+    changed += [] if given.get("sequential", usual_order) == usual_order else ["sequential"]
     return {**base, **given, "name": name, "key": None if changed else recipe.key}
 
 

@@ -81,7 +81,7 @@ def interrupt_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
         {"score": "wanda", "allocation": "owl", "density": 0.4},
         {"score": "magnitude", "allocation": "global", "density": 0.5},
         {"score": "taylor", "density": 0.5},
-        {"score": "obs", "recover": "alps", "goal": "dense", "density": 0.5},
+        {"score": "obs", "recover": "alps", "goal": "dense", "sequential": True, "density": 0.5},
     ],
     ids=["sparsegpt", "owl", "global", "taylor", "dense goal"],
 )

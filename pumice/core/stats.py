@@ -325,14 +325,24 @@ class Capture(TorchFunctionMode):
 
 
 class Inputs(Capture):
-    """Keeps what every view reads in a pass of the dense model, row by row, and lets the pass come to its end."""
+    """Keeps what every view reads in a pass of the dense model, row by row; `whole`: lets the pass come to its end."""
 
-    def __init__(self, views: Sequence[WeightView], token_mask: Tensor | None) -> None:
+    def __init__(self, views: Sequence[WeightView], token_mask: Tensor | None, whole: bool) -> None:
         super().__init__(views, frozenset(), batches=1)
-        self.token_mask = token_mask
+        self.token_mask, self.whole = token_mask, whole
         self.seen: dict[str, list[Tensor]] = {view.name: [] for view in self.views}
 
-    def _use(self, view: WeightView, x: Tensor, weight: Tensor, conv: dict[str, Any] | None) -> None:
+    @property
+    def reused(self) -> bool:
+        """Whether a weight was used twice in a pass; known of whole passes only."""
+        return self._reused
+
+    def next_call(self) -> None:
+        super().next_call()
+        # The first call of a capture is never cut short, later ones are.
+        self._calls = 1 if self.whole else 2
+
+    def _record(self, view: WeightView, x: Tensor, weight: Tensor, conv: dict[str, Any] | None) -> None:
         with torch.autocast(x.device.type, enabled=False):
             self.seen[view.name].append(self._rows(x, weight, conv))
 

@@ -26,12 +26,12 @@ from pumice.core.calls import (
     record_of,
     same,
     tensors,
-    token_mask,
     version,
 )
+from pumice.core.collect import Collect, Entries, Twin
 from pumice.core.errors import PumiceError
 from pumice.core.precision import products
-from pumice.core.stats import Capture, EndOfPass, Inputs, evaluating
+from pumice.core.stats import EndOfPass, evaluating
 from pumice.core.view import WeightView
 
 
@@ -100,34 +100,6 @@ def _hooks(handles: list[Any]) -> Iterator[None]:
             handle.remove()
 
 
-_Entries = tuple[list[list[Tensor]], dict[str, list[list[CallRecord]]]]
-"""Hidden states in front of a segment, by batch and call, and how each of its units is called."""
-
-
-class _Pair:
-    """The dense model's activations in front of a unit, and behind it as far as they are known."""
-
-    def __init__(self, unit: Unit, states: list[list[Tensor]], calls: list[list[CallRecord]]) -> None:
-        self.unit, self.states, self.calls = unit, states, calls
-        self.behind: dict[int, list[Tensor]] = {}
-
-    def run(self, index: int, mask: Tensor | None) -> dict[str, list[Tensor]]:
-        """Run one batch through the unit, which is still dense; what its layers read."""
-        inputs = Inputs(self.unit.views, mask)
-        with inputs:
-            self.behind[index] = [
-                hidden_of(record.call(self.unit.module, state.clone()))
-                for record, state in zip(self.calls[index], self.states[index], strict=True)
-            ]
-        return inputs.seen
-
-    def moved_on(self) -> list[list[Tensor]]:
-        if len(self.behind) < len(self.states):
-            raise RuntimeError("the unit was changed before its dense activations were taken")
-        return [self.behind[index] for index in range(len(self.states))]
-
-
-Collect = Callable[[frozenset[str]], dict[str, dict[str, Tensor]]]
 Visit = Callable[[Unit, Collect], None]
 
 
@@ -179,7 +151,8 @@ class Stream:
                 if experts is not None:
                     config._experts_implementation = experts  # type: ignore[union-attr]
 
-    def _precision(self) -> AbstractContextManager[None]:
+    def precision(self) -> AbstractContextManager[None]:
+        """How forward passes compute."""
         return products(self.device.type, self.compute)
 
     def _loading(self, units: Sequence[Unit], original: bool) -> list[Any]:
@@ -234,7 +207,7 @@ class Stream:
         for unit in units:
             handles.append(unit.module.register_forward_pre_hook(before(unit), with_kwargs=True))
             handles.append(unit.module.register_forward_hook(after(unit), with_kwargs=True))
-        with _hooks(handles), self._precision():
+        with _hooks(handles), self.precision():
             call_model(self.model, self.batches[0])
         repeated = {name for name, count in calls.items() if count > 1}
         for unit, following in pairwise(order):
@@ -292,7 +265,7 @@ class Stream:
         try:
             for unit in run:
                 unit.module.forward = recorder(unit, unit.module.forward)  # type: ignore[method-assign]
-            with _hooks(self._loading(outside, original)), self._precision():
+            with _hooks(self._loading(outside, original)), self.precision():
                 call_model(self.model, batch)
         except EndOfPass:
             pass
@@ -320,7 +293,7 @@ class Stream:
             for run, entries in zip(runs, dense, strict=True):
                 self._walk_segment(run, visit, entries)
 
-    def _entries(self, run: list[Unit], original: bool = False) -> _Entries:
+    def _entries(self, run: list[Unit], original: bool = False) -> Entries:
         """Hidden states at the start of a segment, by batch and call, and how its units are called."""
         calls: dict[str, list[list[CallRecord]]] = {unit.name: [] for unit in run}
         hidden: list[list[Tensor]] = []
@@ -331,61 +304,26 @@ class Stream:
                 calls[unit.name].append([record.without_hidden() for record in records[unit.name]])
         return hidden, calls
 
-    def _walk_segment(self, run: list[Unit], visit: Visit, dense: _Entries | None) -> None:
+    def _walk_segment(self, run: list[Unit], visit: Visit, dense: Entries | None) -> None:
         hidden, calls = self._entries(run)
         states, dense_calls = dense if dense is not None else ([], {})
         for unit in run:
             self.source.load(unit.name, unit.module, original=self.dense)
-            pair = _Pair(unit, states, dense_calls[unit.name]) if dense is not None else None
+            twin = Twin(unit, states, dense_calls[unit.name]) if dense is not None else None
             try:
-                visit(
-                    unit, lambda needs, unit=unit, pair=pair: self._collect(unit, calls[unit.name], hidden, needs, pair)
-                )
+                visit(unit, Collect(self, unit, hidden, calls[unit.name], twin))
                 if unit is not run[-1]:
-                    with self._precision():
+                    with self.precision():
                         self._advance(unit, calls[unit.name], hidden)
             finally:
                 self.source.free(unit.name, unit.module)
-            if pair is not None and unit is not run[-1]:
-                states = pair.moved_on()
+            if twin is not None and unit is not run[-1]:
+                states = twin.moved_on()
             del calls[unit.name]
 
     def _widen(self, hidden: Tensor) -> Tensor:
         """With autocast the residual stream is kept in float32, even where the weights are bf16."""
         return hidden.float() if self.compute == torch.bfloat16 and hidden.is_floating_point() else hidden
-
-    def _collect(
-        self,
-        unit: Unit,
-        calls: list[list[CallRecord]],
-        hidden: list[list[Tensor]],
-        needs: frozenset[str],
-        pair: _Pair | None,
-    ) -> dict[str, dict[str, Tensor]]:
-        for share in (True, False):
-            capture = Capture(
-                unit.views, needs, batches=len(self.batches), bf16=self.compute == torch.bfloat16, share=share
-            )
-            with self._precision():
-                for index, (batch, batch_calls, states) in enumerate(zip(self.batches, calls, hidden, strict=True)):
-                    mask = token_mask(batch)
-                    if pair is not None:
-                        capture.dense = pair.run(index, mask)
-                    if not needs:
-                        continue
-                    capture.next_batch(mask)
-                    for record, state in zip(batch_calls, states, strict=True):
-                        capture.next_call()
-                        try:
-                            with capture:
-                                # Some blocks change their input in place, and it is needed again.
-                                record.call(unit.module, state.clone())
-                        except EndOfPass:
-                            continue
-            if not capture.diverged:
-                break
-        self.unpaired |= capture.unpaired
-        return capture.finish()
 
     def _advance(self, unit: Unit, calls: list[list[CallRecord]], hidden: list[list[Tensor]]) -> None:
         for index, (batch_calls, states) in enumerate(zip(calls, hidden, strict=True)):

@@ -43,6 +43,7 @@ def prune(
     recover: Any = None,
     allocation: Any = None,
     goal: Any = None,
+    sequential: bool | None = None,
     tokenizer: Any = None,
     samples: int | None = None,
     seqlen: int | None = None,
@@ -67,6 +68,7 @@ def prune(
             that every Python has.
         targets, ignore: patterns of layer names to prune, to leave dense.
         score, recover, allocation, goal: names, or `{"name": …, option: …}`.
+        sequential: inside a block too, calibrate each layer on what the pruned ones before it give (slower).
         samples, seqlen: calibration windows (64) and their length in tokens (1024, or the model's context).
         compute: "float32", or "bfloat16" matrix products while calibrating; "auto" (the default) takes bfloat16 for
             models of 50 million parameters and more where the machine multiplies it natively.
@@ -89,6 +91,7 @@ def prune(
             recover=recover,
             allocation=allocation,
             goal=goal,
+            sequential=sequential,
             pattern=pattern,
             density=density,
             targets=targets,
@@ -119,6 +122,7 @@ def plan_prune(
     recover: Any = None,
     allocation: Any = None,
     goal: Any = None,
+    sequential: bool | None = None,
     samples: int = 64,
     seqlen: int = 1024,
     compute: str = "auto",
@@ -136,6 +140,7 @@ def plan_prune(
             recover=recover,
             allocation=allocation,
             goal=goal,
+            sequential=sequential,
             pattern=pattern,
             density=density,
             targets=targets,

@@ -33,6 +33,8 @@ class Axes:
     density: float
     targets: tuple[str, ...] | None = None
     ignore: tuple[str, ...] = DEFAULT_IGNORE
+    sequential: bool = False
+    """Inside a block too, a layer is calibrated on what the pruned layers before it give."""
     name: str = ""
     key: str | None = field(default=None, compare=False)
 
@@ -48,6 +50,7 @@ class Axes:
         goal: Spec = "layer",
         targets: Sequence[str] | None = None,
         ignore: Sequence[str] = DEFAULT_IGNORE,
+        sequential: bool = False,
         name: str = "",
         key: str | None = None,
     ) -> Axes:
@@ -74,6 +77,7 @@ class Axes:
             legal.density(density),
             (targets,) if isinstance(targets, str) else None if targets is None else tuple(targets),
             (ignore,) if isinstance(ignore, str) else tuple(ignore),
+            sequential,
             name or scorer.name,
             key,
         )
@@ -143,4 +147,5 @@ class Axes:
             "density": self.density,
             "targets": list(self.targets) if self.targets is not None else None,
             "ignore": list(self.ignore),
+            "sequential": self.sequential,
         }

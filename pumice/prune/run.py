@@ -238,8 +238,12 @@ class Pruner:
                 collect(frozenset())
                 self.source.load(unit.name, unit.module)
             return self.done[unit.name]
-        stats = collect(self.layer_needs | {"input"}) if collect is not None else {}
-        results = [self._prune_view(view, unit, stats.get(view.name)) for view in unit.views]
+        steps = [unit.views] if collect is None or not self.axes.sequential else collect.steps()
+        found = {}
+        for views in steps:
+            stats = collect(self.layer_needs | {"input"}, views) if collect is not None else {}
+            found |= {view.name: self._prune_view(view, unit, stats.get(view.name)) for view in views}
+        results = [found[view.name] for view in unit.views]
         if self.finished is not None:
             self.finished(unit, results)
         return results

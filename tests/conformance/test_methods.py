@@ -214,4 +214,5 @@ def test_the_description_names_everything_that_decides_the_result():
         "density": 0.5,
         "targets": ["fc*"],
         "ignore": ["lm_head", "embed*"],
+        "sequential": False,
     }

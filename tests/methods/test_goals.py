@@ -1,5 +1,7 @@
 """The goal "dense": its weights are the least-squares answer, and pruned blocks make up for what was lost before them."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -60,16 +62,52 @@ def test_cross_statistics_pair_each_row_with_the_dense_one():
         now, before = model[index](now).detach(), dense[index](before).detach()
 
 
+def test_layers_of_a_block_one_after_the_other():
+    """A block of two layers in a row: the second one is calibrated on what the pruned first one gives."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8)), nn.Linear(8, 4))
+    dense = copy.deepcopy(model)
+    x = draw(40, 16)
+    found = {}
+
+    def visit(unit, collect):
+        for views in collect.steps():
+            found.update(collect(frozenset({"hessian", "cross"}), views))
+            for view in views:
+                view.write(view.read() * 0.5)
+
+    Stream(model, find_views(model), [x], dense=True).walk(visit)
+    assert list(found) == ["0.0.weight", "0.1.weight", "1.weight"]
+    now, before = [x], [x]
+    for layer, old in zip([*model[0], model[1]], [*dense[0], dense[1]], strict=True):
+        now.append(layer(now[-1]).detach())
+        before.append(old(before[-1]).detach())
+    for index, got in enumerate(found.values()):
+        torch.testing.assert_close(got["hessian"][0], now[index].t() @ now[index] / 40, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got["cross"][0], before[index].t() @ now[index] / 40, rtol=1e-4, atol=1e-5)
+
+
+def test_steps_of_a_llama_block():
+    model = tiny.llama()
+    steps = []
+    Stream(model, find_views(model), BATCHES).walk(lambda unit, collect: steps.append(collect.steps()))
+    names = [[view.module_name.rpartition(".")[2] for view in views] for views in steps[0]]
+    assert names == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+
+
 @pytest.mark.parametrize("make", [tiny.llama, tiny.t5], ids=["one stack", "two stacks"])
 def test_the_whole_model_comes_nearer_to_dense(make):
-    def error(goal):
+    def error(**axes):
         torch.manual_seed(0)
         dense, model = make(), make()
         model.load_state_dict(dense.state_dict())
         inputs = dict(BATCHES[0]) | ({"decoder_input_ids": TOKENS[:3]} if make is tiny.t5 else {})
         batches = [{**inputs, "input_ids": batch["input_ids"]} for batch in BATCHES]
-        pumice.prune(model, "sparsegpt", density=0.4, goal=goal, data=batches, progress=False)
+        pumice.prune(model, "sparsegpt", density=0.4, **axes, data=batches, progress=False)
         with torch.no_grad():
             return sum(float((model(**b).logits - dense(**b).logits).square().sum()) for b in batches)
 
-    assert error("dense") < error("layer")
+    plain = error()
+    assert error(goal="dense") < plain
+    assert error(goal="dense", sequential=True) < plain
+    assert error(sequential=True) != plain
