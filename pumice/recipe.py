@@ -187,6 +187,10 @@ def _checked(one: Field, value: Any, source: str) -> Any:
         if not isinstance(value, (str, Mapping)):
             raise wrong("a name, or {name: NAME, option: value}")
         return value if isinstance(value, str) else dict(value)
+    if one.type is bool:
+        if not isinstance(value, bool):
+            raise wrong("true or false")
+        return value
     if one.type is str:
         # An unquoted 2:4 is the number 124 to YAML 1.1 (base 60).
         if not isinstance(value, str):

@@ -101,7 +101,7 @@ def test_a_pattern_that_fixes_the_density_replaces_the_recipes_own():
 
 def test_unknown_names_list_the_known_and_the_nearest():
     with pytest.raises(
-        PumiceError, match=r"unknown method 'sparsgpt': did you mean 'sparsegpt'\? Known: auto, .*wanda"
+        PumiceError, match=r"unknown method 'sparsgpt': did you mean 'sparsegpt'\? Known: alps, .*auto, .*wanda"
     ):
         recipes.resolve("sparsgpt")
     with pytest.raises(PumiceError, match=r"unknown recipe 'owl': .*owl-70"):

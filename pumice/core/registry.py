@@ -203,9 +203,11 @@ scorer = Family("score", "pumice.prune.score", scope="layer")
 recovery = Family("recover", "pumice.prune.recover", selects=False, patterns=None)
 allocation = Family("allocation", "pumice.prune.allocate", compares_score=False)
 goal = Family("goal", "pumice.prune.goal")
+repair = Family("repair", "pumice.prune.repair")
+shrink = Family("shrink", "pumice.prune.shrink")
 pattern = Family("pattern", "pumice.weights.patterns", grammar="")
 layout = Family("layout", "pumice.weights.layouts", storable=True)
-FAMILIES = {family.name: family for family in (scorer, recovery, allocation, goal, pattern, layout)}
+FAMILIES = {family.name: family for family in (scorer, recovery, allocation, goal, repair, shrink, pattern, layout)}
 
 
 def family(name: str) -> Family:
