@@ -20,7 +20,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,14 @@ import torch
 from torch import nn
 
 import pumice
+from pumice import recipe as recipes
+from pumice.core import registry
+from pumice.core.errors import PumiceError
 from pumice.engine import data
 from pumice.engine.evaluate import perplexity
 from pumice.engine.models import demo_model, load_model
 from pumice.kernels.features import machine_stamp
+from pumice.prune.axes import Axes
 
 RESULTS = Path(__file__).parent / "results" / "prune_quality.json"
 REFERENCE = "the authors' own code on this protocol, as given in the issue that founded this table"
@@ -48,6 +52,10 @@ class Row:
     score: Any = None
     recover: Any = "none"
     allocation: Any = None
+    goal: Any = None
+    sequential: bool | None = None
+    recipe: bool = False
+    """Whether the label is the name of a recipe that comes with Pumice."""
     draw: str = "0"
     """Seed of the calibration windows; "theirs": as the authors' loaders draw with their default seed."""
 
@@ -67,7 +75,7 @@ def rows(table: dict[tuple[float | None, str | None], dict[str, float | None]]) 
             main = tail if allocation else head
             score = "obs" if main == "sparsegpt" else main
             recover = "obs" if main == "sparsegpt" else "dsnot" if tail == "dsnot" else "none"
-            made.append(Row(label, reference, density, pattern, score, recover, allocation, draw or "0"))
+            made.append(Row(label, reference, density, pattern, score, recover, allocation, draw=draw or "0"))
     return made
 
 
@@ -115,6 +123,61 @@ STORIES = rows(
 )
 
 
+def registered() -> list[Row]:
+    """A row for everything in the registry: each score, recovery, goal and allocation beside the usual rest.
+
+    Scores alone at 50 % zeros; recoveries at 50 %, 70 % and 2:4, behind the score that they choose by themselves or behind
+    Wanda's; goals with SparseGPT; allocations with Wanda and SparseGPT at 70 %; recipes that fix no density at all three.
+    """
+    grid: list[tuple[float | None, str | None]] = [(0.5, None), (0.3, None), (None, "2:4")]
+    made: list[dict[str, Any]] = [
+        {"label": info.name, "score": info.name, "density": 0.5} for info in registry.methods("score")
+    ]
+    for density, pattern in grid:
+        at = {"density": density, "pattern": pattern}
+        for recipe in recipes.recipes():
+            if recipe.density is None and recipe.pattern is None:
+                made.append({"label": recipe.name, "recipe": True, **recipe.axes(), **at})
+        for info in registry.methods("recover"):
+            own = info.extras["selects"] or "wanda"
+            made.append({"label": f"{own} + {info.name}", "score": own, "recover": info.name, **at})
+    for info in registry.methods("goal"):
+        made.append(
+            {
+                "label": f"sparsegpt toward {info.name}",
+                "score": "obs",
+                "recover": "obs",
+                "goal": info.name,
+                "density": 0.5,
+            }
+        )
+    for info in registry.methods("allocation"):
+        for label, score, recover in (("wanda", "wanda", "none"), ("sparsegpt", "obs", "obs")):
+            axes = {"score": score, "recover": recover, "allocation": info.name, "density": 0.3}
+            made.append({"label": f"{info.name} + {label}", **axes})
+    return [Row(**one) for one in made if _makes_sense(one)]
+
+
+def _makes_sense(axes: dict[str, Any]) -> bool:
+    try:
+        Axes.make(
+            **{name: value for name, value in axes.items() if name not in ("label", "recipe") and value is not None}
+        )
+    except PumiceError:
+        return False
+    return True
+
+
+def distinct(given: list[Row]) -> list[Row]:
+    """The rows without those that are another one by another name; the first name stays."""
+    seen: dict[Any, Row] = {}
+    for row in given:
+        what = {"recover": "none", "allocation": "uniform", "goal": "layer", "sequential": False}
+        what |= {k: v for k, v in asdict(row).items() if v is not None and k not in ("label", "reference", "recipe")}
+        seen.setdefault(json.dumps(what, sort_keys=True, default=str), row)
+    return list(seen.values())
+
+
 Draw = Callable[[str], torch.Tensor]
 
 
@@ -155,8 +218,12 @@ def stories(shared: Path) -> tuple[nn.Module, Draw, torch.Tensor, bool]:
 
 
 MODELS: dict[str, tuple[Callable[[Path], Any], list[Row]]] = {
-    "stories15m": (stories, STORIES),
-    "smollm2-135m": (smollm2, SMOLLM2),
+    "stories15m": (stories, distinct([*STORIES, *registered()])),
+    # A row takes minutes here, so that only the recipes that solve something join those with a reference.
+    "smollm2-135m": (
+        smollm2,
+        distinct([*SMOLLM2, *(row for row in registered() if row.recipe and row.recover not in (None, "none"))]),
+    ),
 }
 
 
@@ -193,7 +260,7 @@ def run(name: str, shared: Path, results: dict[str, Any], redo: bool, match: str
         print(name, "dense", table["dense"]["perplexity"], flush=True)
     for row in missing:
         model = copy.deepcopy(dense)
-        axes = {k: getattr(row, k) for k in ("score", "recover", "allocation", "pattern", "density")}
+        axes = {k: v for k, v in asdict(row).items() if k not in ("label", "reference", "recipe", "draw")}
         start = time.perf_counter()
         # Magnitude and random look at no data; without any they need no walk through the model.
         given = None if row.label in ("magnitude", "random") else calibration(row.draw)

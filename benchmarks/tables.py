@@ -1,4 +1,4 @@
-"""Write the measured tables into README.md and docs/methods.md, from benchmarks/results and the registry.
+"""Write the measured tables into README.md and docs, from benchmarks/results and the registry.
 
 python benchmarks/tables.py            # rewrite
 python benchmarks/tables.py --check    # exit 1 if something is out of date
@@ -16,6 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+TITLES = {"0.5": "50 % zeros", "0.3": "70 % zeros"}
 NAMES = {"smollm2-135m": "SmolLM2-135M-Instruct", "stories15m": "stories15M"}
 
 
@@ -36,19 +37,21 @@ def number(value: float | None) -> str:
 
 
 def quality(model: str) -> str:
-    """Perplexities of one model: a row per method, a column per sparsity, ours and the authors' beside each other."""
+    """The README's table of one model: recipes and what has a figure of its authors, a column per sparsity."""
     results = read("prune_quality.json")[model]
     dense = results["dense"]["perplexity"]
+    from pumice.recipe import recipes
+
+    shown = {"magnitude", *(recipe.name for recipe in recipes() if recipe.recover not in (None, "none"))}
     kinds: dict[str, dict[str, Any]] = {}
     columns: list[str] = []
     for key, entry in results.items():
-        if key == "dense":
-            continue
         method, _, kind = key.partition(" @ ")
+        if key == "dense" or (method not in shown and entry["authors"] is None):
+            continue
         kinds.setdefault(method, {})[kind] = entry
         if kind not in columns:
             columns.append(kind)
-    titles = {"0.5": "50 % zeros", "0.3": "70 % zeros"}
     rows = []
     for method, entries in kinds.items():
         cells = []
@@ -57,8 +60,35 @@ def quality(model: str) -> str:
             theirs = f" ({number(entry['authors'])})" if entry and entry["authors"] is not None else ""
             cells.append(f"{number(entry['perplexity'])}{theirs}" if entry else "")
         rows.append([method, *cells])
-    head = [f"{NAMES[model]}, dense {number(dense)}", *(titles.get(kind, kind) for kind in columns)]
+    head = [f"{NAMES[model]}, dense {number(dense)}", *(TITLES.get(kind, kind) for kind in columns)]
     return table(head, rows)
+
+
+def everything() -> str:
+    """A table per model and sparsity with every measured row, best first."""
+    results = read("prune_quality.json")
+    parts = []
+    for model, name in NAMES.items():
+        dense = results[model]["dense"]["perplexity"]
+        kinds: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+        for key, entry in results[model].items():
+            method, _, kind = key.partition(" @ ")
+            if kind:
+                kinds.setdefault(kind, []).append((method, entry))
+        for kind, found in kinds.items():
+            rows = [
+                [
+                    method,
+                    number(entry["perplexity"]),
+                    number(entry["authors"]),
+                    f"{entry['seconds']:,.0f}",
+                    f"{entry['peak_memory_bytes'] / 1e9:.1f}",
+                ]
+                for method, entry in sorted(found, key=lambda one: one[1]["perplexity"])
+            ]
+            head = [f"{name}, dense {number(dense)}", "perplexity", "the authors' code", "seconds", "peak GB"]
+            parts.append(f"## {name}, {TITLES.get(kind, kind)}\n\n{table(head, rows)}")
+    return "\n\n".join(parts)
 
 
 def both_qualities() -> str:
@@ -151,6 +181,7 @@ def methods() -> str:
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"demo": demo, "quality": both_qualities, "speed": speed},
     "docs/methods.md": {"methods": methods},
+    "docs/quality.md": {"quality": everything},
 }
 
 
