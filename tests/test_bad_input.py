@@ -143,3 +143,12 @@ def test_nothing_is_lost_when_a_later_block_fails():
     assert kept.float().mean() == 0.5
     assert torch.equal(model.layers[0].weight[kept], first[kept])
     assert (model.layers[1].weight != 0).all()
+
+
+@pytest.mark.parametrize("tokens", [15, 16])
+def test_fewer_tokens_than_inputs_are_told(tokens):
+    axes = Axes.make("obs", recover="obs", density=0.5)
+    result = Pruner(Net(), axes, [DATA[0].repeat(2, 1)[:tokens]], progress=False).run()
+    told = [note for note in result.notes if "2 layers (first layers.0.weight) have more inputs" in note]
+    assert len(told) == (tokens < 16)
+    assert any("15 calibration tokens for 16 inputs" in note for note in result.layers[0].notes) == (tokens < 16)

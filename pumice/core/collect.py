@@ -66,6 +66,8 @@ class Collect:
         self, stream: Stream, unit: Unit, hidden: list[list[Tensor]], calls: list[list[CallRecord]], twin: Twin | None
     ) -> None:
         self.stream, self.unit, self.hidden, self.calls, self.twin = stream, unit, hidden, calls, twin
+        self.tokens: dict[str, int] = {}
+        """How many rows of input each layer was measured on."""
 
     def __call__(
         self, needs: frozenset[str], views: Sequence[WeightView] | None = None
@@ -88,6 +90,7 @@ class Collect:
             if not capture.diverged:
                 break
         stream.unpaired |= capture.unpaired
+        self.tokens |= capture.tokens
         return capture.finish()
 
     def steps(self) -> list[list[WeightView]]:

@@ -296,6 +296,11 @@ class Capture(TorchFunctionMode):
         # Some layers flatten their tokens first.
         return x[mask.flatten().bool()] if mask is not None and len(x) == mask.numel() else x
 
+    @property
+    def tokens(self) -> dict[str, int]:
+        """How many rows of input each view has been seen with."""
+        return {name: accumulator.count for name, accumulator in self.accumulators.items()}
+
     def finish(self) -> dict[str, dict[str, Tensor]]:
         """Statistics by view name, each with a leading axis G; views that no token reached are absent.
 

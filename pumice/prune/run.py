@@ -123,6 +123,7 @@ class Pruner:
                 f"data=None: method {axes.name!r} measures {wanted} and needs calibration data; pass data=…."
             )
         self.notes: list[str] = []
+        self._blurred: list[str] = []
         self._whole: dict[str, dict[str, Tensor]] = {}
         self.densities = dict(densities or {})
 
@@ -169,6 +170,11 @@ class Pruner:
                 self.source.free(unit.name, unit.module)
         for name in sorted(stream.unpaired) if stream else ():
             self.notes.append(f"{name}: gets other tokens in the dense model, so that it reproduces its own outputs")
+        if self._blurred:
+            self.notes.append(
+                f"{len(self._blurred)} layers (first {self._blurred[0]}) have more inputs than there were calibration "
+                "tokens: where nothing was seen only the Hessian's damping decides; take more or longer samples"
+            )
         seconds = time.perf_counter() - start
         return PruneResult(
             self.axes.describe(), layers, seconds, peak_memory_bytes(), self.notes, resumed_units=len(self.done)
@@ -244,9 +250,18 @@ class Pruner:
             stats = collect(self.layer_needs | {"input"}, views) if collect is not None else {}
             found |= {view.name: self._prune_view(view, unit, stats.get(view.name)) for view in views}
         results = [found[view.name] for view in unit.views]
+        if collect is not None and "hessian" in self.layer_needs:
+            self._note_few_tokens(results, collect.tokens)
         if self.finished is not None:
             self.finished(unit, results)
         return results
+
+    def _note_few_tokens(self, results: list[LayerResult], tokens: dict[str, int]) -> None:
+        for result in results:
+            seen, width = tokens.get(result.name, 0), result.shape[1]
+            if 0 < seen < width:
+                result.notes.append(f"{seen} calibration tokens for {width} inputs: the Hessian is singular")
+                self._blurred.append(result.name)
 
     def _prune_view(self, view: WeightView, unit: Unit, stats: dict[str, Tensor] | None) -> LayerResult:
         start = time.perf_counter()
