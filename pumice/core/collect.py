@@ -20,27 +20,41 @@ Entries = tuple[list[list[Tensor]], dict[str, list[list[CallRecord]]]]
 """Hidden states in front of a segment, by batch and call, and how each of its units is called."""
 
 
+KEPT_BYTES = 2 << 30
+"""Up to here the inputs of a unit's layers in the dense model are kept, beyond it they are computed again."""
+
+
 class Twin:
     """The dense model's activations in front of a unit, and behind it as far as they are known.
 
-    Made while the unit is still dense; where its layers are changed one after the other, it runs a copy (`keep`).
+    Made while the unit is still dense. Where its layers are to change one after the other (`keep`), what they read in the
+    dense model is remembered, or a copy of the unit.
     """
 
-    def __init__(self, unit: Unit, states: list[list[Tensor]], calls: list[list[CallRecord]]) -> None:
-        self.module, self.views, self.states, self.calls = unit.module, unit.views, states, calls
+    def __init__(
+        self, unit: Unit, states: list[list[Tensor]], calls: list[list[CallRecord]], dtype: torch.dtype
+    ) -> None:
+        self.module, self.views, self.states, self.calls, self.dtype = unit.module, unit.views, states, calls, dtype
         self.behind: dict[int, list[Tensor]] = {}
-        self.kept = self.reused = False
+        self.known: dict[int, dict[str, list[Tensor]]] = {}
+        self.reused = False
 
-    def keep(self) -> None:
-        """From now on the unit may change."""
-        if not self.kept:
-            self.module, self.views = copy.deepcopy((self.module, self.views))
-            self.kept = True
+    def keep(self, masks: Sequence[Tensor | None]) -> None:
+        """Take from the unit what is needed of it after it has changed."""
+        names = {view.name for view in self.views}
+        for index, mask in enumerate(masks):
+            found = self.run(index, mask, names)
+            if index == 0 and len(masks) * _bytes(found) > KEPT_BYTES:
+                self.module, self.views = copy.deepcopy((self.module, self.views))
+                return
+            self.known[index] = found
 
     def run(self, index: int, mask: Tensor | None, names: set[str]) -> dict[str, list[Tensor]]:
         """What the layers `names` read of one batch; the first time, the pass goes to the end of the unit."""
+        if index in self.known:
+            return {name: [*self.known[index][name]] for name in names}
         whole = self.reused or index not in self.behind
-        inputs = Inputs([view for view in self.views if view.name in names], mask, whole)
+        inputs = Inputs([view for view in self.views if view.name in names], mask, whole, self.dtype)
         states = []
         for record, state in zip(self.calls[index], self.states[index], strict=True):
             inputs.next_call()
@@ -57,6 +71,12 @@ class Twin:
         if len(self.behind) < len(self.states):
             raise RuntimeError("the unit was changed before its dense activations were taken")
         return [self.behind[index] for index in range(len(self.states))]
+
+
+def _bytes(rows: dict[str, list[Tensor]]) -> int:
+    """Memory of rows by layer; layers that read the same tensor share theirs."""
+    distinct = {row.data_ptr(): row for found in rows.values() for row in found}
+    return sum(row.numel() * row.element_size() for row in distinct.values())
 
 
 class Collect:
@@ -96,13 +116,13 @@ class Collect:
     def steps(self) -> list[list[WeightView]]:
         """The unit's layers in the order in which they run, those together that read the same tensor.
 
-        Afterwards the unit may be changed step by step: the dense activations come from a copy of it.
+        Afterwards the unit may be changed step by step.
         """
         capture = self._capture(self.unit.views, frozenset(), True)
         with self.stream.precision():
             self._run(capture, 0, token_mask(self.stream.batches[0]))
-        if self.twin is not None:
-            self.twin.keep()
+            if self.twin is not None:
+                self.twin.keep([token_mask(batch) for batch in self.stream.batches])
         by_name = {view.name: view for view in self.unit.views}
         groups: dict[Any, list[WeightView]] = {}
         for name, accumulator in capture.accumulators.items():

@@ -25,7 +25,7 @@ LAYER_STATS = {
     "input_mean": "E[x] of every input, [I]",
     "input_var": "Var[x] of every input, [I]",
     "hessian": "E[x xᵀ], [I, I]: half the Hessian of the layer's mean squared output error",
-    "cross": "E[x_dense xᵀ], [I, I]: what the layer reads in the dense model beside what it reads now",
+    "drift": "E[(x_dense − x) xᵀ], [I, I]: how far what the layer reads now is from what it reads in the dense model",
     "input": "a sample of the layer's inputs, [S, I]",
     "output": "what the dense layer gives (without bias) for that sample, [S, O]",
 }
@@ -74,7 +74,7 @@ class Accumulator:
             self.sums["square"] = torch.zeros(shape, dtype=torch.float64, device=self.device)
         if self.needs & {"input_mean", "input_var"}:
             self.sums["sum"] = torch.zeros(shape, dtype=torch.float64, device=self.device)
-        for need, name in (("hessian", "gram"), ("cross", "cross")):
+        for need, name in (("hessian", "gram"), ("drift", "drift")):
             if need in self.needs:
                 self.sums[name] = torch.zeros(*shape, self.width, device=self.device)
 
@@ -90,9 +90,12 @@ class Accumulator:
             self.sums["sum"] += x.sum(1, dtype=torch.float64)
         for group in range(self.groups if "gram" in self.sums else 0):
             add_gram(self.sums["gram"][group], x[group], self.bf16)
-        if "cross" in self.sums:
+        if "drift" in self.sums:
             assert dense_GTI is not None
-            self.sums["cross"].baddbmm_(dense_GTI.float().mT, x)
+            gap = dense_GTI.float() - x
+            # The gap is small beside x, so that rounding it and the sum costs little of it.
+            product = (gap.bfloat16().mT @ x.bfloat16()).float() if self.bf16 else gap.mT @ x
+            self.sums["drift"] += product
         if self.needs & {"input", "output"} and x.shape[1]:
             step = max(1, x.shape[1] // self.rows_per_batch)
             self.samples.append(x[:, ::step][:, : self.rows_per_batch].clone())
@@ -112,8 +115,8 @@ class Accumulator:
         if "gram" in self.sums:
             gram = self.sums["gram"] / self.count
             out["hessian"] = torch.triu(gram) + torch.triu(gram, 1).mT
-        if "cross" in self.sums:
-            out["cross"] = self.sums["cross"] / self.count
+        if "drift" in self.sums:
+            out["drift"] = self.sums["drift"] / self.count
         if self.samples:
             out["input"] = torch.cat(self.samples, dim=1)
         return out
@@ -173,7 +176,7 @@ class Capture(TorchFunctionMode):
 
     A pass is ended as soon as every weight has been used, unless the first pass used one of them twice.
 
-    `dense` holds what the layers read of the next batch in the dense model, for the statistic "cross"; views whose rows
+    `dense` holds what the layers read of the next batch in the dense model, for the statistic "drift"; views whose rows
     there are others (experts that get other tokens) end up in `unpaired`.
     """
 
@@ -269,7 +272,7 @@ class Capture(TorchFunctionMode):
                 width = view.shape_OI[1]
                 known = Accumulator(self.needs, rows.shape[0], width, x.device, self.rows_per_batch, self.bf16)
                 self.accumulators[view.name] = known
-            known.update(rows, self._twin(view, rows) if "cross" in self.needs else None)
+            known.update(rows, self._twin(view, rows) if "drift" in self.needs else None)
         if seen is None:
             self._batch[key] = _Seen(x, known, {view.name})
         else:
@@ -330,12 +333,16 @@ class Capture(TorchFunctionMode):
 
 
 class Inputs(Capture):
-    """Keeps what every view reads in a pass of the dense model, row by row; `whole`: lets the pass come to its end."""
+    """Keeps what every view reads in a pass of the dense model, row by row, in `dtype`.
 
-    def __init__(self, views: Sequence[WeightView], token_mask: Tensor | None, whole: bool) -> None:
+    `whole` lets the pass come to its end. Layers that read the same tensor share the rows.
+    """
+
+    def __init__(self, views: Sequence[WeightView], token_mask: Tensor | None, whole: bool, dtype: torch.dtype) -> None:
         super().__init__(views, frozenset(), batches=1)
-        self.token_mask, self.whole = token_mask, whole
+        self.token_mask, self.whole, self.dtype = token_mask, whole, dtype
         self.seen: dict[str, list[Tensor]] = {view.name: [] for view in self.views}
+        self._shared: dict[Any, tuple[Tensor, Tensor]] = {}
 
     @property
     def reused(self) -> bool:
@@ -348,8 +355,12 @@ class Inputs(Capture):
         self._calls = 1 if self.whole else 2
 
     def _record(self, view: WeightView, x: Tensor, weight: Tensor, conv: dict[str, Any] | None) -> None:
-        with torch.autocast(x.device.type, enabled=False):
-            self.seen[view.name].append(self._rows(x, weight, conv))
+        key = (id(x), 0 if x.is_inference() else x._version, None if conv is None else (weight.shape[2:], str(conv)))
+        if key not in self._shared:
+            with torch.autocast(x.device.type, enabled=False):
+                # The tensor is held, or its id could come back as another one's.
+                self._shared[key] = (x, self._rows(x, weight, conv).to(self.dtype, copy=True))
+        self.seen[view.name].append(self._shared[key][1])
 
 
 _CONVOLUTIONS = {torch.conv1d, torch.conv2d}

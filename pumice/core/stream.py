@@ -109,7 +109,7 @@ class Stream:
     Args:
         compute: dtype of the matrix products of the forward passes: float32, or bfloat16 (autocast; the residual
             stream stays in the model's dtype).
-        dense: keep the dense model's activations beside the changed one's, for the statistic "cross".
+        dense: keep the dense model's activations beside the changed one's, for the statistic "drift".
     """
 
     def __init__(
@@ -309,7 +309,7 @@ class Stream:
         states, dense_calls = dense if dense is not None else ([], {})
         for unit in run:
             self.source.load(unit.name, unit.module, original=self.dense)
-            twin = Twin(unit, states, dense_calls[unit.name]) if dense is not None else None
+            twin = Twin(unit, states, dense_calls[unit.name], self.compute) if dense is not None else None
             try:
                 visit(unit, Collect(self, unit, hidden, calls[unit.name], twin))
                 if unit is not run[-1]:

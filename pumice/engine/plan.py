@@ -133,7 +133,7 @@ def _seconds(
         linear = _rate(lambda: F.linear(x, w), 2 * size**3)
         heads = torch.randn(1, 8, size, 64).to(compute)
         attention = _rate(lambda: F.scaled_dot_product_attention(heads, heads, heads, is_causal=True), size**2 * 8 * 64)
-        passes = 2 + (axes.allocation.name != "uniform") + ("cross" in needs)
+        passes = 2 + (axes.allocation.name != "uniform") + ("drift" in needs)
         width = getattr(model.config, "hidden_size", 0)
         layers = getattr(model.config, "num_hidden_layers", 0)
         flops = 2.0 * weights * samples * seqlen
@@ -156,7 +156,7 @@ def _memory(model: nn.Module, views: list[WeightView], axes: Axes, tokens: int, 
     everything = sum(p.numel() * p.element_size() for p in model.parameters())
     weights = everything - sum(sizes) + max(sizes) if streamed else everything
     width = getattr(getattr(model, "config", None), "hidden_size", 0) or 0
-    activations = tokens * width * 4 * (1 + ("cross" in axes.needs)) if axes.needs_data else 0
+    activations = tokens * width * 4 * (1 + ("drift" in axes.needs)) if axes.needs_data else 0
     hessians = 0
     if "hessian" in axes.needs:
         hessians = max(sum({v.shape_OI[1]: v.shape_OI[1] ** 2 * 4 for v in unit.views}.values()) for unit in units) * 4

@@ -252,7 +252,7 @@ class _Job:
         pruner.measure_dense()
         if isinstance(source, InMemory):
             pruner.source = Unfinished(model, writer)
-            if "cross" not in pruner.layer_needs:
+            if "drift" not in pruner.layer_needs:
                 for name in done:
                     pruner.source.load(name, model.get_submodule(name))
         result = pruner.run()

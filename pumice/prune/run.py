@@ -150,7 +150,7 @@ class Pruner:
         start = time.perf_counter()
         self.measure_dense()
         # Without data the blocks come in module order; with data, the stream knows the order of execution.
-        stream = self._stream(dense="cross" in self.layer_needs)
+        stream = self._stream(dense="drift" in self.layer_needs)
         units = stream.units + stream.unreached if stream else find_units(self.model, self.views)
         layers: list[LayerResult] = []
         with bar(len(units), f"prune ({self.axes.name})", enabled=self.progress, unit="block") as shown:
@@ -239,7 +239,7 @@ class Pruner:
 
     def _prune_unit(self, unit: Unit, collect: Collect | None) -> list[LayerResult]:
         if unit.name in self.done:
-            if collect is not None and "cross" in self.layer_needs:
+            if collect is not None and "drift" in self.layer_needs:
                 # The dense activations pass on before the finished weights come in.
                 collect(frozenset())
                 self.source.load(unit.name, unit.module)

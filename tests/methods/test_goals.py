@@ -18,7 +18,7 @@ BATCHES = [{"input_ids": TOKENS[:3]}, {"input_ids": TOKENS[3:]}]
 
 
 def goal(w, now, before, **options):
-    stats = {"hessian": now.t() @ now / len(now), "cross": before.t() @ now / len(now)}
+    stats = {"hessian": now.t() @ now / len(now), "drift": (before - now).t() @ now / len(now)}
     return registry.goal.get("dense").bind(options)(w, stats)
 
 
@@ -42,14 +42,14 @@ def blocks():
     return nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24), nn.Linear(24, 24))
 
 
-def test_cross_statistics_pair_each_row_with_the_dense_one():
+def test_the_drift_pairs_each_row_with_the_dense_one():
     """Three linear layers, the first one changed by the visit: what the others read is known by hand."""
     model, dense = blocks(), blocks()
     x = [draw(10, 24, seed=1), draw(14, 24, seed=2)]
     found = {}
 
     def visit(unit, collect):
-        found.update(collect(frozenset({"hessian", "cross"})))
+        found.update(collect(frozenset({"hessian", "drift"})))
         unit.module.weight.data.mul_(0.5)
 
     Stream(model, find_views(model), x, dense=True).walk(visit)
@@ -58,7 +58,7 @@ def test_cross_statistics_pair_each_row_with_the_dense_one():
     for index in range(3):
         got = found[f"{index}.weight"]
         torch.testing.assert_close(got["hessian"][0], now.t() @ now / 24, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(got["cross"][0], before.t() @ now / 24, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got["drift"][0], (before - now).t() @ now / 24, rtol=1e-4, atol=1e-5)
         now, before = model[index](now).detach(), dense[index](before).detach()
 
 
@@ -72,7 +72,7 @@ def test_layers_of_a_block_one_after_the_other():
 
     def visit(unit, collect):
         for views in collect.steps():
-            found.update(collect(frozenset({"hessian", "cross"}), views))
+            found.update(collect(frozenset({"hessian", "drift"}), views))
             for view in views:
                 view.write(view.read() * 0.5)
 
@@ -84,7 +84,9 @@ def test_layers_of_a_block_one_after_the_other():
         before.append(old(before[-1]).detach())
     for index, got in enumerate(found.values()):
         torch.testing.assert_close(got["hessian"][0], now[index].t() @ now[index] / 40, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(got["cross"][0], before[index].t() @ now[index] / 40, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            got["drift"][0], (before[index] - now[index]).t() @ now[index] / 40, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_steps_of_a_llama_block():

@@ -12,7 +12,7 @@ from pumice.core.registry import goal
 from pumice.core.stats import Stats
 
 
-@goal("dense", paper="arXiv:2504.02692", needs=("hessian", "cross"))
+@goal("dense", paper="arXiv:2504.02692", needs=("hessian", "drift"))
 def dense(
     w_OI: Tensor,
     stats: Stats,
@@ -22,10 +22,9 @@ def dense(
 ) -> Tensor:
     """What the layer gives in the dense model, on inputs that the pruned blocks before it have changed.
 
-    min ‖W x_dense − W' x‖² over unconstrained W' is W + W(C−H)(H+λ)⁻¹ with H = E[x xᵀ], C = E[x_dense xᵀ]: these are the
+    min ‖W x_dense − W' x‖² over unconstrained W' is W + W D (H+λ)⁻¹ with H = E[x xᵀ], D = E[(x_dense − x) xᵀ]: these are the
     weights that scores and recovery then see, so that a layer also makes up for what was lost before it. The calibration
     objective of GPTAQ; the closed form, the share and the damping are ours.
     """
-    hessian = stats["hessian"]
-    drift = w_OI @ (stats["cross"] - hessian)
-    return w_OI + share * torch.linalg.solve(damped(hessian, damp), drift, left=False)
+    missing = w_OI @ stats["drift"]
+    return w_OI + share * torch.linalg.solve(damped(stats["hessian"], damp), missing, left=False)
