@@ -277,7 +277,8 @@ def test_efficientnet(method, tmp_path):
     layers = {"targets": ["*conv*"], "ignore": ["_conv_stem"]}
     result = pumice.prune(model, density=0.5, data=batches, progress=False, **layers, **method)
     assert len(result.layers) > 40
-    assert not result.notes
+    # The small picture gives the late layers fewer positions than they have inputs, which is named.
+    assert all("calibration tokens" in note for note in result.notes)
     # Noise leaves some of its channels dead, and OBS drops what reads them.
     assert (0.4 if method["method"] == "sparsegpt" else 0.48) < result.density < 0.52
     if method["method"] != "magnitude":

