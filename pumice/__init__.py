@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pumice.engine.pack import unpack as unpack
     from pumice.engine.prune import prune as prune
     from pumice.engine.repair import repair as repair
+    from pumice.engine.shrink import shrink as shrink
     from pumice.engine.store import load as load
     from pumice.engine.store import save as save
 
@@ -30,6 +31,7 @@ _WHERE = {
     "methods": "pumice.core.registry",
     "prune": "pumice.engine.prune",
     "repair": "pumice.engine.repair",
+    "shrink": "pumice.engine.shrink",
     "pack": "pumice.engine.pack",
     "unpack": "pumice.engine.pack",
     "describe": "pumice.engine.pack",
@@ -54,6 +56,7 @@ __all__ = [
     "prune",
     "repair",
     "save",
+    "shrink",
     "unpack",
 ]
 
