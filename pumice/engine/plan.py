@@ -151,9 +151,7 @@ def _seconds(
     return total
 
 
-def _memory(
-    model: nn.Module, views: list[WeightView], axes: Axes, samples: int, tokens: int, streamed: bool
-) -> int:
+def _memory(model: nn.Module, views: list[WeightView], axes: Axes, samples: int, tokens: int, streamed: bool) -> int:
     units = find_units(model, views)
     sizes = [sum(p.numel() * p.element_size() for p in unit.module.parameters()) for unit in units]
     everything = sum(p.numel() * p.element_size() for p in model.parameters())

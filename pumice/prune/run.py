@@ -190,7 +190,9 @@ class Pruner:
         batches = [dict(b) if isinstance(b, dict) else b for b in self.batches]
         if "gradients" in self.model_needs:
             size = gradients_bytes(self.views, len(batches))
-            self.notes.append(f"the gradients of {len(batches)} batches took {size:,} bytes of memory; fewer samples take less")
+            self.notes.append(
+                f"the gradients of {len(batches)} batches took {size:,} bytes of memory; fewer samples take less"
+            )
         return model_stats(self.model, self.views, batches, self.model_needs, self.loss)
 
     def _allocate(self, units: Sequence[Unit], stream: Stream | None) -> dict[str, float]:

@@ -29,7 +29,8 @@ def obert(
     select: Selector,
     *,
     block: Annotated[int, "neighbouring weights of a row whose interplay is kept"] = 50,
-    damp: Annotated[float, "λ as a share of the mean squared gradient of the layer"] = 0.1,
+    damp: Annotated[float, "λ as a share of the mean squared gradient of the layer"] = 0.001,
+    diagonal: Annotated[float, "share of every weight's own squared gradient added to its λ"] = 3.0,
 ) -> tuple[Tensor, Tensor]:
     """Remove weights or whole groups at the least rise of the loss by the block Fisher matrix, and compensate (oBERT).
 
@@ -49,13 +50,13 @@ def obert(
         mask = select.whole(score(w_OI))
     else:
         scores = torch.empty_like(w_OI)
-        for rows, w_KB, inverse_KBB in inverse_blocks(w_OI, stats["gradients"], block, damp):
+        for rows, w_KB, inverse_KBB in inverse_blocks(w_OI, stats["gradients"], block, damp, diagonal):
             part = _scores(w_KB, inverse_KBB, groups)
             scores[rows] = part.flatten(1)[:, : w_OI.shape[1]]
         mask = select.whole(scores)
     new = torch.empty_like(w_OI)
     padded = torch.nn.functional.pad(mask, (0, -mask.shape[1] % min(block, mask.shape[1])), value=True)
-    for rows, w_KB, inverse_KBB in inverse_blocks(w_OI, stats["gradients"], block, damp):
+    for rows, w_KB, inverse_KBB in inverse_blocks(w_OI, stats["gradients"], block, damp, diagonal):
         change = compensation(w_KB, inverse_KBB, padded[rows].view(w_KB.shape))
         new[rows] = (w_KB + change).flatten(1)[:, : w_OI.shape[1]]
     return new * mask, mask

@@ -23,7 +23,8 @@ def obert(
     stats: Stats,
     *,
     block: Annotated[int, "neighbouring weights of a row whose interplay is kept"] = 50,
-    damp: Annotated[float, "λ as a share of the mean squared gradient of the layer"] = 0.1,
+    damp: Annotated[float, "λ as a share of the mean squared gradient of the layer"] = 0.001,
+    diagonal: Annotated[float, "share of every weight's own squared gradient added to its λ"] = 3.0,
 ) -> Tensor:
     """w²/(2[F⁻¹]ⱼⱼ): the rise of the loss once the weights of the same block have made up for the removed one (oBERT).
 
@@ -33,30 +34,33 @@ def obert(
 
     Differs from the paper: blocks begin anew with each row (its last one may be shorter), each is factorised at once
     instead of being updated gradient by gradient (the same inverse, without its rounding), and λ is relative to the
-    layer, since the paper's 1e-7 belongs to its own loss and batch. The paper prunes step by step with retraining
-    between; this is one step.
+    layer, since the paper's 1e-7 belongs to its own loss and batch. `diagonal` (0 in the paper) weakens what the few
+    gradients say of pairs of weights; with about as many gradients as a block has weights that is mostly noise. The
+    paper prunes step by step with retraining between; this is one step.
     """
     scores = torch.empty_like(w_OI)
-    for rows, w_KB, inverse_KBB in inverse_blocks(w_OI, stats["gradients"], block, damp):
+    for rows, w_KB, inverse_KBB in inverse_blocks(w_OI, stats["gradients"], block, damp, diagonal):
         part = w_KB.square() / (2 * torch.diagonal(inverse_KBB, dim1=-2, dim2=-1))
         scores[rows] = part.flatten(1)[:, : w_OI.shape[1]]
     return scores
 
 
 def inverse_blocks(
-    w_OI: Tensor, gradients_ONI: Tensor, block: int, damp: float
+    w_OI: Tensor, gradients_ONI: Tensor, block: int, damp: float, diagonal: float
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Some rows at a time: the slice, its weights [o, K, B] and the inverse Fisher blocks [o, K, B, B].
 
     The last block of a row is filled up with zero weights that no gradient reaches.
 
     Raises:
-        PumiceError: `block` below 1 or `damp` not above 0 (with few gradients F is singular without it).
+        PumiceError: `block` below 1, `diagonal` below 0, or `damp` not above 0 (F is singular without it).
     """
     if block < 1:
         raise PumiceError(f"block={block} must be at least 1.")
     if not damp > 0:
         raise PumiceError(f"damp={damp} must be above 0: {gradients_ONI.shape[1]} gradients leave F singular.")
+    if not diagonal >= 0:
+        raise PumiceError(f"diagonal={diagonal} must not be negative.")
     o, n, i = gradients_ONI.shape
     block = min(block, i)
     square = float(gradients_ONI.square().mean())
@@ -67,6 +71,8 @@ def inverse_blocks(
         rows = slice(start, min(start + step, o))
         g_oKNB = _blocked(gradients_ONI[rows], block).movedim(1, 2)
         fisher = g_oKNB.mT @ g_oKNB / n + eye
+        own = torch.diagonal(fisher, dim1=-2, dim2=-1)
+        own += diagonal * g_oKNB.square().mean(-2)
         yield rows, _blocked(w_OI[rows], block), torch.cholesky_inverse(torch.linalg.cholesky(fisher))
 
 
