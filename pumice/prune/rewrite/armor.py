@@ -154,7 +154,7 @@ class Factors:
 
     def update_groups(self) -> None:
         """In every block the group of largest gradient takes its best positions and values."""
-        j, k, p, q = self.core_JKPQ.shape
+        j, k, _, q = self.core_JKPQ.shape
         groups = self.gradient().unflatten(-1, (-1, self.m)).abs().sum(-1).flatten(2)
         at = groups.argmax(-1)
         row, first = at // (q // self.m), at % (q // self.m) * self.m
@@ -168,6 +168,12 @@ class Factors:
         # a·v: the part of the rest that this row of the block can write.
         seen = ((a_JKP[..., None, :] @ rest) @ b_JKMQ.mT)[..., 0, :]
         gram = b_JKMQ @ b_JKMQ.mT * a_JKP.square().sum(-1)[..., None, None]
+        values, kept = self._choose(gram, seen, old)
+        self.core_JKPQ[rows_b[..., None], columns_b[..., None], row[..., None], spans] = values
+        self.mask_JKPQ[rows_b[..., None], columns_b[..., None], row[..., None], spans] = kept
+
+    def _choose(self, gram: Tensor, seen: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+        """Values and mask of the best choice of N in a group; the old ones where none is better."""
         best = self._value(gram, seen, old)
         values, kept = old, old != 0
         for choice in combinations(range(self.m), self.n):
@@ -178,11 +184,10 @@ class Factors:
             value = self._value(gram, seen, found)
             better = (value < best)[..., None]
             values, best = torch.where(better, found, values), torch.minimum(best, value)
-            here = torch.zeros(self.m, dtype=torch.bool, device=at.device)
+            here = torch.zeros(self.m, dtype=torch.bool, device=old.device)
             here[index] = True
             kept = torch.where(better, here, kept)
-        self.core_JKPQ[rows_b[..., None], columns_b[..., None], row[..., None], spans] = values
-        self.mask_JKPQ[rows_b[..., None], columns_b[..., None], row[..., None], spans] = kept
+        return values, kept
 
     @staticmethod
     def _value(gram: Tensor, seen: Tensor, values: Tensor) -> Tensor:
