@@ -20,7 +20,7 @@ from pumice.engine.store import check_version
 from pumice.engine.writer import FORMAT_VERSION, join, restore_entry, weights_of
 from pumice.weights.layouts.base import Packed, shape_text, validate
 from pumice.weights.modules import SparseModule, densify, reads_weight, replace_module, sparse_twin
-from pumice.weights.wrapped import WrappedLinear
+from pumice.weights.wrapped import Wrapper, wrap_around
 
 
 class PumiceConfig(QuantizationConfigMixin):
@@ -108,7 +108,7 @@ class PumiceHfQuantizer(HfQuantizer):
         for key, entry in self.stored.wrapped.items():
             name = self._name_in(model, modules, key)
             if name in modules:
-                replace_module(model, name, WrappedLinear.around(modules[name], entry, name))
+                replace_module(model, name, wrap_around(modules[name], entry, name))
         modules = dict(model.named_modules())
         for key, entry in self.stored.layers.items():
             name = self._name_in(model, modules, key)
@@ -161,7 +161,7 @@ class PumiceHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
         """Called by save_pretrained before it writes the config, which has to describe the model as it is now."""
         layers = {}
-        wrapped = {name: m.describe() for name, m in model.named_modules() if isinstance(m, WrappedLinear)}
+        wrapped = {name: m.describe() for name, m in model.named_modules() if isinstance(m, Wrapper)}
         for name, module in model.named_modules():
             if isinstance(module, SparseModule):
                 for weight in weights_of(name, module):

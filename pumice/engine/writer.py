@@ -24,7 +24,7 @@ from pumice.core.view import module_views
 from pumice.engine.files import check_file, check_free, fact_of, move_into_place, sync, sync_folder, write_safetensors
 from pumice.weights.layouts.base import Packed, StorageHint, pack_smallest, shape_of, shape_text, unpack
 from pumice.weights.modules import SparseConv2d, SparseModule, sparse_twin
-from pumice.weights.wrapped import WrappedLinear
+from pumice.weights.wrapped import Wrapper
 
 FORMAT_VERSION = 1
 INDEX = "model.safetensors.index.json"
@@ -125,7 +125,7 @@ class Writer:
         self.overwrite, self.dense, self.hint, self.shard_bytes = overwrite, dense, hint, shard_bytes
         self.tied = dict(tied or {})
         self.layers: dict[str, dict[str, Any]] = {}
-        self.wrapped: dict[str, dict[str, int]] = {}
+        self.wrapped: dict[str, dict[str, Any]] = {}
         self.files: dict[str, dict[str, Any]] = {}
         self.where: dict[str, str] = {}
         self.done: list[str] = []
@@ -205,7 +205,7 @@ class Writer:
 
     def add_own(self, name: str, module: nn.Module) -> None:
         """One module's own tensors."""
-        if isinstance(module, WrappedLinear):
+        if isinstance(module, Wrapper):
             self.wrapped[name] = module.describe()
         plain: dict[str, Tensor] = dict(module.named_parameters(prefix=name, recurse=False, remove_duplicate=False))
         for key, buffer in module._buffers.items():
