@@ -40,9 +40,8 @@ def spectrum(
     the mask, without a lot.
 
     The rule is from memory of the sparsification results that the paper builds on (keep with p growing with w², divide
-    by p); the paper repeats it with training between, and its own thresholds are not known here. One-shot, the lot only
-    adds noise: on stories15M it costs quality at every density tried, so that `medium=0`, or any score that
-    looks at inputs, is the better choice.
+    by p); the paper repeats it with training between, and its own thresholds are not known here. It looks at no inputs:
+    in one shot, without that training, a score that does is the better choice.
     """
     if not 0 <= medium <= 1:
         raise PumiceError(f"medium={medium} is outside [0, 1].")
