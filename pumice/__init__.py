@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pumice.engine.prune import prune as prune
     from pumice.engine.repair import repair as repair
     from pumice.engine.shrink import shrink as shrink
+    from pumice.engine.rewrite import rewrite as rewrite
     from pumice.engine.store import load as load
     from pumice.engine.store import save as save
 
@@ -32,6 +33,7 @@ _WHERE = {
     "prune": "pumice.engine.prune",
     "repair": "pumice.engine.repair",
     "shrink": "pumice.engine.shrink",
+    "rewrite": "pumice.engine.rewrite",
     "pack": "pumice.engine.pack",
     "unpack": "pumice.engine.pack",
     "describe": "pumice.engine.pack",
@@ -55,6 +57,7 @@ __all__ = [
     "pack",
     "prune",
     "repair",
+    "rewrite",
     "save",
     "shrink",
     "unpack",

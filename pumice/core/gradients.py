@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,12 +58,21 @@ def model_stats(
 ) -> dict[str, dict[str, Tensor]]:
     """Gradient statistics of every view over the whole model, by view name.
 
-    Takes the memory of the model, its gradients and one more copy of the weights per statistic. The model is in eval
-    mode meanwhile; gradients that it already holds are kept.
+    Takes the memory of the model, its gradients and one more copy of the weights per statistic; "gradients" takes one
+    copy per batch. The model is in eval mode meanwhile; gradients that it already holds are kept.
 
     Raises:
-        PumiceError: no loss can be had, or it or its gradient is not finite.
+        PumiceError: no loss can be had, it or its gradient is not finite, or "gradients" does not fit into memory.
     """
+    kept: dict[str, Tensor] = {}
+    if "gradients" in needs:
+        batches = list(batches)
+        check_room(views, len(batches))
+        kept = {
+            view.name: torch.zeros(view.shape_OI[0], len(batches), view.shape_OI[1], device=view.tensor.device)
+            for view in views
+        }
+        needs = needs - {"gradients"}
     # Another view of the same fused tensor needs the same gradient, so sums are kept per parameter.
     parameters = {id(view.tensor): view.tensor for view in views}
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
@@ -79,6 +90,9 @@ def model_stats(
                         f"calibration: the loss is {value.item()}; look at the calibration data and the weights."
                     )
                 value.backward()
+                for view in views if kept else ():
+                    if view.tensor.grad is not None:
+                        kept[view.name][:, count] = view.as_matrix(view.tensor.grad)
                 count += 1
                 for key, parameter in parameters.items():
                     _add(sums, key, parameter)
@@ -90,9 +104,12 @@ def model_stats(
         view.name: {name: view.as_matrix(sums[name][id(view.tensor)] / max(count, 1)) for name in needs}
         for view in views
     }
+    for view_name, value in kept.items():
+        found[view_name]["gradients"] = value
     for view_name, stats in found.items():
         for name, value in stats.items():
-            if not torch.isfinite(value).all():
+            # A sum is enough to see NaN or Inf and takes no copy of the gradients.
+            if not torch.isfinite(value.sum(dtype=torch.float64)):
                 raise PumiceError(
                     f"calibration: the {name} of layer {view_name} holds NaN or Inf; try --dtype float32."
                 )
@@ -108,3 +125,29 @@ def _add(sums: dict[str, dict[int, Tensor]], key: int, parameter: Tensor) -> Non
     if "fisher_diag" in sums:
         sums["fisher_diag"][key] += gradient.square()
     parameter.grad = None
+
+
+def gradients_bytes(views: Sequence[WeightView], batches: int) -> int:
+    """Memory of the statistic "gradients": one float32 per weight and batch."""
+    return 4 * batches * sum(view.numel for view in views)
+
+
+def check_room(views: Sequence[WeightView], batches: int) -> None:
+    """PumiceError if the gradients of all batches do not fit into the memory that is free now."""
+    wanted, free = gradients_bytes(views, batches), _free_bytes(views[0].tensor.device) if views else None
+    if free is not None and wanted > free:
+        raise PumiceError(
+            f"the gradients of {batches} batches take {wanted:,} bytes (4 per weight and batch) and {free:,} are free: "
+            f"take samples={max(1, int(batches * free // (2 * wanted)))}, or prune fewer layers at a time with targets."
+        )
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Memory that can be had now; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None

@@ -205,9 +205,12 @@ allocation = Family("allocation", "pumice.prune.allocate", compares_score=False)
 goal = Family("goal", "pumice.prune.goal")
 repair = Family("repair", "pumice.prune.repair", minutes=None)
 shrink = Family("shrink", "pumice.prune.shrink")
+rewrite = Family("rewrite", "pumice.prune.rewrite", patterns=None)
 pattern = Family("pattern", "pumice.weights.patterns", grammar="")
 layout = Family("layout", "pumice.weights.layouts", storable=True)
-FAMILIES = {family.name: family for family in (scorer, recovery, allocation, goal, repair, shrink, pattern, layout)}
+FAMILIES = {
+    family.name: family for family in (scorer, recovery, allocation, goal, repair, shrink, rewrite, pattern, layout)
+}
 
 
 def family(name: str) -> Family:

@@ -32,8 +32,12 @@ LAYER_STATS = {
 MODEL_STATS = {
     "gradient": "gradient of the mean loss, [O, I]",
     "fisher_diag": "mean over batches of the squared gradient, [O, I] (empirical Fisher diagonal)",
+    "gradients": "the gradient of every batch by itself, [O, N, I] for N batches (per sample where a batch is one)",
 }
-MADE_STATS = {"random": "uniform noise seeded by the layer's name, [O, I]"}
+MADE_STATS = {
+    "random": "uniform noise seeded by the layer's name, [O, I]",
+    "bias": "what the layer adds to its outputs, [O] (zeros where it has no bias)",
+}
 SAMPLE_ROWS = 512
 
 Stats = Mapping[str, Tensor]

@@ -73,6 +73,14 @@ class WeightView:
             )
         return w
 
+    def bias(self) -> Tensor:
+        """What the layer adds to its outputs, [O] in float32; zeros where it has no bias, and for fused experts."""
+        bias = getattr(self.module, "bias", None) if self.expert is None else None
+        shape = self.shape_OI[0]
+        if not isinstance(bias, Tensor) or bias.shape != (shape,):
+            return torch.zeros(shape, device=self.tensor.device)
+        return bias.detach().float()
+
     def write(self, w_OI: Tensor) -> None:
         """Put w_OI into the parameter, in place."""
         target = self.tensor.detach()

@@ -19,6 +19,7 @@ from pumice.engine.files import staged
 from pumice.engine.store import save, save_companions
 from pumice.engine.writer import join
 from pumice.weights.modules import SparseModule, densify
+from pumice.weights.wrapped import Wrapper
 
 FORMATS = ("dense", "onnx")
 
@@ -75,6 +76,12 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
             for tensor in module.packed.tensors:
                 del state[join(name, tensor)]
             state[join(name, "weight")] = module.dense_weight().detach().contiguous()
+    for name, module in model.named_modules():
+        if isinstance(module, Wrapper):
+            for key in (key for key in module.state_dict() if key != "bias"):
+                state.pop(join(name, key), None)
+            state.pop(join(name, "core.weight"), None)
+            state[join(name, "weight")] = module.product().detach().contiguous()
     return state
 
 

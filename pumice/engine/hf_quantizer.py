@@ -21,6 +21,7 @@ from pumice.engine.store import check_version
 from pumice.engine.writer import FORMAT_VERSION, join, restore_entry, weights_of
 from pumice.weights.layouts.base import Packed, shape_text, validate
 from pumice.weights.modules import SparseModule, densify, reads_weight, replace_module, sparse_twin
+from pumice.weights.wrapped import Wrapper, wrap_around
 
 
 class PumiceConfig(QuantizationConfigMixin):
@@ -35,6 +36,7 @@ class PumiceConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         layers: Mapping[str, Any] | None = None,
         tied: Mapping[str, str] | None = None,
+        wrapped: Mapping[str, Any] | None = None,
         files: Mapping[str, Any] | None = None,
         metadata: Mapping[str, Any] | None = None,
         structure: Mapping[str, Any] | None = None,
@@ -44,6 +46,7 @@ class PumiceConfig(QuantizationConfigMixin):
         self.quant_method = "pumice"  # type: ignore[assignment]
         self.format_version = format_version
         self.layers, self.tied = dict(layers or {}), dict(tied or {})
+        self.wrapped = dict(wrapped or {})
         self.files, self.metadata = dict(files or {}), dict(metadata or {})
         if structure:
             self.structure = dict(structure)
@@ -109,6 +112,11 @@ class PumiceHfQuantizer(HfQuantizer):
         if changed:
             structure.rebuild(model, changed)
         modules = dict(model.named_modules())
+        for key, entry in self.stored.wrapped.items():
+            name = self._name_in(model, modules, key)
+            if name in modules:
+                replace_module(model, name, wrap_around(modules[name], entry, name))
+        modules = dict(model.named_modules())
         for key, entry in self.stored.layers.items():
             name = self._name_in(model, modules, key)
             module = modules.get(name) if entry["kind"] != "tensor" else None
@@ -160,11 +168,13 @@ class PumiceHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
         """Called by save_pretrained before it writes the config, which has to describe the model as it is now."""
         layers = {}
+        wrapped = {name: m.describe() for name, m in model.named_modules() if isinstance(m, Wrapper)}
         for name, module in model.named_modules():
             if isinstance(module, SparseModule):
                 for weight in weights_of(name, module):
                     layers[name] = weight.describe(module.packed)
-        config = PumiceConfig(layers=layers, metadata=self.stored.metadata, structure=structure.describe(model))
+        changed = structure.describe(model)
+        config = PumiceConfig(layers=layers, wrapped=wrapped, metadata=self.stored.metadata, structure=changed)
         self.quantization_config = model.config.quantization_config = config
         return None, {}
 

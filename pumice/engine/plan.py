@@ -15,6 +15,7 @@ from torch import nn
 from pumice.core import dispatch
 from pumice.core.dispatch import Call
 from pumice.core.errors import PumiceError
+from pumice.core.gradients import gradients_bytes
 from pumice.core.stats import split_needs
 from pumice.core.stream import find_units
 from pumice.core.view import WeightView, find_views, matches, module_views
@@ -87,7 +88,7 @@ def plan_run(model: nn.Module | str | Path, axes: Axes, samples: int, seqlen: in
         )
     else:
         notes.append("time is estimated for language models only")
-    memory = _memory(net, views, axes, samples * seqlen, streamed)
+    memory = _memory(net, views, axes, samples, samples * seqlen, streamed)
     return DryRun(pruned, _kept(net, views, axes), seconds, memory, _disk(net, views, axes), notes)
 
 
@@ -150,7 +151,7 @@ def _seconds(
     return total
 
 
-def _memory(model: nn.Module, views: list[WeightView], axes: Axes, tokens: int, streamed: bool) -> int:
+def _memory(model: nn.Module, views: list[WeightView], axes: Axes, samples: int, tokens: int, streamed: bool) -> int:
     units = find_units(model, views)
     sizes = [sum(p.numel() * p.element_size() for p in unit.module.parameters()) for unit in units]
     everything = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -161,6 +162,8 @@ def _memory(model: nn.Module, views: list[WeightView], axes: Axes, tokens: int, 
     if "hessian" in axes.needs:
         hessians = max(sum({v.shape_OI[1]: v.shape_OI[1] ** 2 * 4 for v in unit.views}.values()) for unit in units) * 4
     gradients = 3 * sum(p.numel() for p in model.parameters()) * 4 if split_needs(axes.needs)[1] else 0
+    if "gradients" in axes.needs:
+        gradients += gradients_bytes(views, samples)
     return PROCESS_BYTES + weights + activations + hessians + gradients + max(view.numel for view in views) * 4 * 6
 
 

@@ -22,6 +22,7 @@ from pumice.engine.writer import FORMAT_VERSION, INDEX, Writer, join, restore_en
 from pumice.weights.layouts.base import Packed, dtype_name, shape_text, validate
 from pumice.weights.modules import SparseModule, densify, reads_weight, replace_module, sparse_twin
 from pumice.weights.patterns.base import Pattern, parse
+from pumice.weights.wrapped import wrap_around
 
 __all__ = ["Writer", "load", "model_config", "read_config", "save", "tied_parameters"]
 
@@ -229,6 +230,11 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], stored: Mapping[str, Any
     model = densify(model)
     if stored.get("structure"):
         structure.rebuild(model, stored["structure"])
+    for name, entry in stored.get("wrapped", {}).items():
+        module = dict(model.named_modules()).get(name)
+        if module is None:
+            raise PumiceError(f"checkpoint {where} holds a wrapped layer {name}: into is another model.")
+        model = replace_module(model, name, wrap_around(module, entry, name))
     modules = dict(model.named_modules())
     for key, entry in stored["layers"].items():
         packed = take_packed(tensors, key, entry, where)

@@ -24,12 +24,13 @@ from pumice.core.view import module_views
 from pumice.engine.files import check_file, check_free, fact_of, move_into_place, sync, sync_folder, write_safetensors
 from pumice.weights.layouts.base import Packed, StorageHint, pack_smallest, shape_of, shape_text, unpack
 from pumice.weights.modules import SparseConv2d, SparseModule, sparse_twin
+from pumice.weights.wrapped import Wrapper
 
 FORMAT_VERSION = 1
 INDEX = "model.safetensors.index.json"
 JOURNAL = "journal.json"
 SHARD_BYTES = 2 << 30
-_JOURNALED = ("layers", "files", "where", "done", "progress", "tied")
+_JOURNALED = ("layers", "files", "where", "done", "progress", "tied", "wrapped")
 _PACKABLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -124,6 +125,7 @@ class Writer:
         self.overwrite, self.dense, self.hint, self.shard_bytes = overwrite, dense, hint, shard_bytes
         self.tied = dict(tied or {})
         self.layers: dict[str, dict[str, Any]] = {}
+        self.wrapped: dict[str, dict[str, Any]] = {}
         self.files: dict[str, dict[str, Any]] = {}
         self.where: dict[str, str] = {}
         self.done: list[str] = []
@@ -165,7 +167,7 @@ class Writer:
         if not self.overwrite:
             check_free(self.path)
         for key in _JOURNALED:
-            setattr(self, key, journal[key])
+            setattr(self, key, journal.get(key, getattr(self, key)))
         self._committed = True
         for file, fact in self.files.items():
             check_file(self.partial / file, fact)
@@ -203,6 +205,8 @@ class Writer:
 
     def add_own(self, name: str, module: nn.Module) -> None:
         """One module's own tensors."""
+        if isinstance(module, Wrapper):
+            self.wrapped[name] = module.describe()
         plain: dict[str, Tensor] = dict(module.named_parameters(prefix=name, recurse=False, remove_duplicate=False))
         for key, buffer in module._buffers.items():
             if buffer is not None and key not in module._non_persistent_buffers_set:
@@ -300,6 +304,7 @@ class Writer:
             "quant_method": "pumice",
             "format_version": FORMAT_VERSION,
             "layers": self.layers,
+            "wrapped": self.wrapped,
             "tied": self.tied,
             "files": {**self.files, INDEX: fact_of(index.encode())},
             "metadata": dict(metadata or {}),

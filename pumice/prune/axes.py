@@ -9,7 +9,7 @@ from typing import Any
 from pumice.core import registry
 from pumice.core.errors import PumiceError
 from pumice.core.registry import Bound
-from pumice.core.stats import split_needs
+from pumice.core.stats import MADE_STATS, split_needs
 from pumice.core.view import DEFAULT_IGNORE, WeightView
 from pumice.weights.patterns.base import Pattern, parse
 
@@ -121,7 +121,7 @@ class Axes:
 
     @property
     def needs_data(self) -> bool:
-        return bool((self.needs | frozenset(self.allocation.info.needs)) - {"random"})
+        return bool((self.needs | frozenset(self.allocation.info.needs)) - MADE_STATS.keys())
 
     def check_views(self, views: Sequence[WeightView]) -> None:
         """PumiceError naming the first layer that the pattern does not fit."""

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from pumice.core import registry
 from pumice.core.errors import PumiceError
-from pumice.core.gradients import model_stats
+from pumice.core.gradients import gradients_bytes, model_stats
 from pumice.core.progress import bar
 from pumice.core.registry import Bound
-from pumice.core.stats import Stats, split_needs
+from pumice.core.stats import MADE_STATS, Stats, split_needs
 from pumice.core.stream import Collect, InMemory, Source, Stream, Unit, find_units
 from pumice.core.view import WeightView, find_views
 from pumice.prune.allocate.base import Layers
@@ -122,7 +122,7 @@ class Pruner:
         axes.check_views(self.views)
         self.layer_needs, self.model_needs = split_needs(axes.needs)
         if axes.needs_data and not self.batches:
-            wanted = ", ".join(sorted((axes.needs | set(axes.allocation.info.needs)) - {"random"}))
+            wanted = ", ".join(sorted((axes.needs | set(axes.allocation.info.needs)) - MADE_STATS.keys()))
             raise PumiceError(
                 f"data=None: method {axes.name!r} measures {wanted} and needs calibration data; pass data=…."
             )
@@ -192,6 +192,11 @@ class Pruner:
                 "cannot give: load it into memory, or use wanda or sparsegpt."
             )
         batches = [dict(b) if isinstance(b, dict) else b for b in self.batches]
+        if "gradients" in self.model_needs:
+            size = gradients_bytes(self.views, len(batches))
+            self.notes.append(
+                f"the gradients of {len(batches)} batches took {size:,} bytes of memory; fewer samples take less"
+            )
         return model_stats(self.model, self.views, batches, self.model_needs, self.loss)
 
     def _allocate(self, units: Sequence[Unit], stream: Stream | None) -> dict[str, float]:
@@ -234,12 +239,16 @@ class Pruner:
             name: value[0] if view.groups == 1 else value.repeat_interleave(rows, 0) if value.dim() == 2 else value
             for name, value in stats.items()
         }
-        return {**flat, **self._whole.get(view.name, {}), **self._random(view)}
+        return {**flat, **self._whole.get(view.name, {}), **self._made(view)}
 
-    def _random(self, view: WeightView) -> dict[str, Tensor]:
-        if "random" not in self.axes.needs:
-            return {}
-        return {"random": random_scores(view.shape_OI, self.seed, view.name)}
+    def _made(self, view: WeightView) -> dict[str, Tensor]:
+        """What is neither measured on the data nor a gradient."""
+        made = {}
+        if "random" in self.axes.needs:
+            made["random"] = random_scores(view.shape_OI, self.seed, view.name)
+        if "bias" in self.axes.needs:
+            made["bias"] = view.bias()
+        return made
 
     def _prune_unit(self, unit: Unit, collect: Collect | None) -> list[LayerResult]:
         if unit.name in self.done:
@@ -344,7 +353,7 @@ def _goal(goal: Bound, view: WeightView, w: Tensor, stats: Stats) -> Tensor:
 def _scores(score: Bound, w: Tensor, stats: Stats) -> Tensor:
     """Scores [O, I]; a grouped convolution with one Hessian per group is scored group by group."""
     hessian = stats.get("hessian")
-    if hessian is None or hessian.dim() == 2:
+    if hessian is None or hessian.dim() == 2 or "hessian" not in score.info.needs:
         return score(w, stats)
     rows = w.shape[0] // len(hessian)
     parts = []

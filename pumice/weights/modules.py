@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pumice.core.errors import PumiceError
 from pumice.weights.layouts.base import Packed
 from pumice.weights.sparse_module import SparseModule
+from pumice.weights.wrapped import Wrapper
 
 __all__ = [
     "SparseConv2d",
@@ -206,9 +207,9 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """Every sparse module of a model as an ordinary dense one, in place; returns the model."""
+    """Every sparse or wrapped module of a model as an ordinary dense one, in place; returns the model."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, SparseModule):
+        if isinstance(module, SparseModule | Wrapper):
             model = replace_module(model, name, module.to_dense())
     return model
 

@@ -1,0 +1,23 @@
+"""Symmetric Wanda."""
+
+from typing import Annotated
+
+from torch import Tensor
+
+from pumice.core.registry import scorer
+from pumice.core.stats import Stats
+
+
+@scorer("symmetric-wanda", paper="arXiv:2501.18980", needs=("input_sqnorm", "output"))
+def symmetric_wanda(
+    w_OI: Tensor, stats: Stats, *, share: Annotated[float, "weight of the output norm beside the input norm"] = 1.0
+) -> Tensor:
+    """|W|·(‖X‖ + ‖Y‖): a weight matters by the input that it reads and by the output that it writes.
+
+    It is what a single weight adds to ‖X(W'−W)‖ + ‖(W'−W)Y‖. `share=0` is Wanda, compared over the whole layer.
+
+    Doubt: the paper leaves open what calibrates the output side; here Y is what the dense layer gives (without bias)
+    for a sample of its inputs, both norms per token. The formula is from memory of the paper's table.
+    """
+    output = stats["output"].square().mean(-2).flatten().sqrt()
+    return w_OI.abs() * (stats["input_sqnorm"].sqrt() + share * output[:, None])
