@@ -71,11 +71,10 @@ def plan_run(model: nn.Module | str | Path, axes: Axes, samples: int, seqlen: in
         net = model
     else:
         net, reason = empty_model(model)
-        streamed = reason is None and not split_needs(axes.needs)[1]
+        reason = reason or axes.whole_model
+        streamed = reason is None
         notes.append(
-            "streamed from disk to disk: one block is in memory at a time"
-            if streamed
-            else f"loaded whole: {reason or 'the method needs gradients of the whole model'}"
+            "streamed from disk to disk: one block is in memory at a time" if streamed else f"loaded whole: {reason}"
         )
     views = find_views(net, axes.targets, axes.ignore)
     axes.check_views(views)
@@ -160,7 +159,8 @@ def _memory(model: nn.Module, views: list[WeightView], axes: Axes, tokens: int, 
     hessians = 0
     if "hessian" in axes.needs:
         hessians = max(sum({v.shape_OI[1]: v.shape_OI[1] ** 2 * 4 for v in unit.views}.values()) for unit in units) * 4
-    gradients = 3 * sum(p.numel() for p in model.parameters()) * 4 if split_needs(axes.needs)[1] else 0
+    whole = split_needs(axes.needs | axes.allocation.needs)[1]
+    gradients = 3 * sum(p.numel() for p in model.parameters()) * 4 if whole else 0
     return PROCESS_BYTES + weights + activations + hessians + gradients + max(view.numel for view in views) * 4 * 6
 
 
