@@ -68,7 +68,8 @@ class Axes:
                 f"pattern={legal.text!r} already spreads the density over all layers; allocation={share.name!r} "
                 "contradicts it: leave one of them out."
             )
-        own = share.info.extras["density"]
+        # N:M fixes the density of its own, and refuses every allocation below.
+        own = None if pattern_family(legal) == "nm" else share.info.extras["density"]
         axes = cls(
             scorer,
             registry.recovery.bind(recover),

@@ -18,8 +18,8 @@ from pumice.weights.patterns.base import Pattern
 
 SIZES = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 TIMES = {"us": 1e-3, "ms": 1.0, "s": 1e3}
-TENSOR_BYTES = 256
-"""What the header of a checkpoint takes for one tensor, at most: its name, type, shape and place."""
+HEADER_BYTES = 120
+"""What a header takes for one tensor, at most, beside the name of its parameter: type, shape and place."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,10 @@ def stored_bytes(model: nn.Module, pattern: Pattern, views: Sequence[WeightView]
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     own = {id(view.tensor) for view in views}
-    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    rest = sum(t.numel() * t.element_size() for key, t in tensors.items() if key not in own)
-    header = TENSOR_BYTES * (len(tensors) + 4 * len(own) + 1)
+    tensors = {id(t): (name, t) for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    rest = sum(t.numel() * t.element_size() for key, (_, t) in tensors.items() if key not in own)
+    # No layout has more than three tensors.
+    header = sum((len(name) + HEADER_BYTES) * (3 if key in own else 1) for key, (name, _) in tensors.items()) + 1024
 
     def of(view: WeightView, mask_OI: Tensor) -> float:
         size = view.tensor.element_size()
