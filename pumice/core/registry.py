@@ -212,7 +212,13 @@ class Family:
 scorer = Family("score", "pumice.prune.score", scope="layer")
 recovery = Family("recover", "pumice.prune.recover", selects=False, patterns=None)
 allocation = Family(
-    "allocation", "pumice.prune.allocate", compares_score=False, streams=False, option_needs=None, density=None
+    "allocation",
+    "pumice.prune.allocate",
+    compares_score=False,
+    streams=False,
+    option_needs=None,
+    density=None,
+    passes=None,
 )
 goal = Family("goal", "pumice.prune.goal")
 repair = Family("repair", "pumice.prune.repair")

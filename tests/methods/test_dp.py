@@ -277,3 +277,17 @@ def test_layers_without_tokens_keep_the_plain_density():
     by_name = {layer.name: layer for layer in result.layers}
     assert by_name["spare.weight"].asked == pytest.approx(0.5, abs=0.01)
     assert by_name["used.weight"].asked == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_dry_run_knows_the_budget_and_what_it_costs_to_share_it():
+    from pumice.engine.prune import plan_prune
+
+    model = tiny.llama()
+    plan = plan_prune(model, "wanda", allocation={"name": "dp", "budget": "20kB"})
+    assert plan.disk_bytes == 20_000
+    assert any("budget of 20kB" in note for note in plan.notes)
+    seconds = [
+        plan_prune(model, "wanda", allocation={"name": "dp", "batches": count}, density=0.5, samples=1).seconds
+        for count in (1, 10_000)
+    ]
+    assert seconds[1] > 10 * seconds[0]

@@ -31,6 +31,12 @@ def _needs(options: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(ERRORS[options["errors"]] | SENSITIVITIES[options["sensitivity"]] | {"input_sqnorm"})
 
 
+def _passes(options: Mapping[str, Any], blocks: int, layers: int) -> int:
+    """Batches that the whole model sees."""
+    del blocks
+    return (layers + 1) * options["batches"] if options["sensitivity"] == "loss" else 0
+
+
 @allocation(
     "dp",
     paper="arXiv:2201.13096",
@@ -39,6 +45,7 @@ def _needs(options: Mapping[str, Any]) -> frozenset[str]:
     streams=True,
     option_needs=_needs,
     density=own_density,
+    passes=_passes,
 )
 def dp(
     layers: Layers,

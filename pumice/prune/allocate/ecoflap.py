@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from pumice.core import select
 from pumice.core.errors import PumiceError
@@ -12,7 +13,12 @@ from pumice.core.view import WeightView
 from pumice.prune.allocate.base import Layers, changed, exact, noise, share
 
 
-@allocation("ecoflap", key="ecoflap", paper="arXiv:2310.02998", needs=("loss",))
+def _passes(options: Mapping[str, Any], blocks: int, layers: int) -> int:
+    """Batches that the whole model sees."""
+    return 2 * (layers if options["group"] == "layer" else blocks) * options["draws"] * options["batches"]
+
+
+@allocation("ecoflap", key="ecoflap", paper="arXiv:2310.02998", needs=("loss",), passes=_passes)
 def ecoflap(
     layers: Layers,
     density: float,
