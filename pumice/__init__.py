@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from pumice.engine.pack import unpack as unpack
     from pumice.engine.prune import prune as prune
     from pumice.engine.repair import repair as repair
-    from pumice.engine.shrink import shrink as shrink
     from pumice.engine.rewrite import rewrite as rewrite
+    from pumice.engine.shrink import shrink as shrink
     from pumice.engine.store import load as load
     from pumice.engine.store import save as save
 

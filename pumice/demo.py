@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pumice.analyze.knee import sweep
 from pumice.analyze.masks import choose_layers, stored_pictures
 from pumice.analyze.measure import measure_run, model_facts, pruned_run
 from pumice.analyze.record import Point, Run
@@ -80,15 +81,18 @@ class Demo:
     ) -> tuple[PruneResult, list[Point]]:
         """Prune to falling densities; the sparsest whose quality is acceptable stays as `OUT/model`."""
         curve, best, final = [Point(1.0, base, label="dense")], None, self.settings.out / "model"
-        for density in DENSITIES:
+        folder, result = self.settings.out / "next", None
+
+        def measure(density: float) -> float:
+            nonlocal result
             model = copy.deepcopy(dense)
-            folder = self.settings.out / "next"
             result = prune(
                 model, self.settings.method, density=density, data=calibration, tokenizer=tokenizer, out=folder
             )
-            quality = perplexity(model, evaluation)
+            return perplexity(model, evaluation)
+
+        for density, quality, accepted in sweep(DENSITIES, measure, lambda quality: quality <= ACCEPTABLE * base):
             curve.append(Point(density, quality, disk_bytes=disk_bytes(folder), label=f"density {density:g}"))
-            accepted = quality <= ACCEPTABLE * base
             verdict = "accepted" if accepted else f"more than {ACCEPTABLE - 1:.0%} worse than dense"
             self.say(f"{self.settings.method}, density {density:g}: perplexity {quality:.2f}, {verdict}")
             if accepted or best is None:
@@ -97,8 +101,6 @@ class Demo:
                 best = result
             else:
                 shutil.rmtree(folder)
-            if not accepted:
-                break
         assert best is not None
         return best, curve
 

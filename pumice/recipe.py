@@ -239,7 +239,7 @@ def resolve(method: str | Path | Recipe = "auto", **overrides: Any) -> dict[str,
     """Keyword arguments of `Axes.make` for a method, with what the caller gave explicitly in place of the recipe's.
 
     None, and an `ignore` equal to the default, count as not given. A recipe's density gives way to a pattern that the
-    caller names and that fixes its own. A recipe whose axes are overridden is another method: it says so in its
+    caller names and that fixes its own, and to an allocation with a budget. A recipe whose axes are overridden is another method: it says so in its
     name and loses its catalogue key.
 
     Raises:
@@ -256,7 +256,10 @@ def resolve(method: str | Path | Recipe = "auto", **overrides: Any) -> dict[str,
     if tuple(given.get("ignore", ())) == DEFAULT_IGNORE:
         del given["ignore"]
     base = {"recover": USUAL["recover"], **recipe.axes()}
-    if "pattern" in given and "density" not in given and _fixes_density(given["pattern"]):
+    if "density" not in given and (
+        ("pattern" in given and _fixes_density(given["pattern"]))
+        or ("allocation" in given and _has_budget(given["allocation"]))
+    ):
         base.pop("density", None)
     usual = {**USUAL, **base}
     bound = {axis: family(axis).bind(given[axis]) for axis in AXES if axis in given}
@@ -275,6 +278,14 @@ def _fixes_density(pattern: Any) -> bool:
     except PumiceError:
         return False
     return True
+
+
+def _has_budget(allocation: Any) -> bool:
+    from pumice.core.registry import family
+
+    bound = family("allocation").bind(allocation)
+    own = bound.info.extras["density"]
+    return own is not None and own(None, bound.values) is not None
 
 
 def _spec(value: Any) -> dict[str, Any]:

@@ -55,15 +55,15 @@ def write_report(
     page = render(records)
     dicts = [record.to_dict() for record in records]
     content = dicts[0] if len(dicts) == 1 else {"format": FORMAT, "runs": dicts}
-    _write(data_path, to_json(content))
-    _write(page_path, page)
+    write_text(data_path, to_json(content))
+    write_text(page_path, page)
     return page_path, data_path
 
 
 def save_run(out_dir: str | Path, run: Run) -> Path:
     """Write only the data of a run, `OUT/report.json`, for a later `pumice report`."""
     path = Path(out_dir) / JSON
-    _write(path, to_json(run.to_dict()))
+    write_text(path, to_json(run.to_dict()))
     return path
 
 
@@ -167,7 +167,7 @@ def _finite(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """All of the file or the old one: a killed run leaves no half report."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -201,3 +201,10 @@ def test_recipes_hold_nothing_of_this_machine():
     for one in recipes.recipes():
         assert isinstance(one.path, Path)
         assert json.loads(json.dumps(one.to_dict())) == one.to_dict()
+
+
+def test_a_budget_of_an_allocation_takes_the_place_of_a_recipes_density():
+    axes = recipes.resolve("owl-70", allocation={"name": "dp", "budget": "40MB"})
+    assert "density" not in axes
+    assert recipes.resolve("owl-70", allocation="dp")["density"] == 0.3
+    assert recipes.resolve("owl-70", allocation={"name": "dp", "budget": "40MB"}, density=0.5)["density"] == 0.5

@@ -14,7 +14,7 @@ from pumice.analyze.summary import best_speed
 
 HINT = "the plots need matplotlib: pip install 'pumice[report]'"
 INK, FAINT = "#010203", "#040506"
-"""Stand-ins for the page's text and line colours, which matplotlib cannot know; `_inline` puts those in."""
+"""Stand-ins for the page's text and line colours, which matplotlib cannot know; `inline` puts those in."""
 COLOURS = ("#0f9488", "#d97706", "#6366f1", "#db2777", "#65a30d", "#0284c7", "#b45309", "#7c3aed")
 
 
@@ -40,7 +40,7 @@ def layer_plots(run: Run) -> list[Plot]:
     place = "block" if all(_block(layer) is not None for layer in run.layers) else "position in the model"
     asked = run.prune.get("recipe", {}).get("density")
     plots = []
-    figure, axes = _figure(3.0)
+    figure, axes = canvas(3.0)
     for colour, (kind, layers) in zip(_cycle(len(groups)), groups.items(), strict=True):
         axes.plot(*_points(layers, "density"), label=kind, color=colour, marker="o", markersize=3, linewidth=1.2)
     if asked is not None:
@@ -49,10 +49,10 @@ def layer_plots(run: Run) -> list[Plot]:
     axes.set_ylabel("density (share kept)")
     axes.set_xlabel(place)
     _legend(axes, len(groups) + 1)
-    plots.append(Plot("Density of each layer", _inline(figure, "density"), "Share of weights that are not zero."))
+    plots.append(Plot("Density of each layer", inline(figure, "density"), "Share of weights that are not zero."))
     errors = [layer for layer in run.layers if layer.get("error") is not None]
     key, label = ("error", "relative output error") if errors else ("weight_error", "relative weight error")
-    figure, axes = _figure(3.0)
+    figure, axes = canvas(3.0)
     for colour, (kind, layers) in zip(_cycle(len(groups)), groups.items(), strict=True):
         axes.plot(*_points(layers, key), label=kind, color=colour, marker="o", markersize=3, linewidth=1.2)
     axes.set_ylim(bottom=0)
@@ -60,7 +60,7 @@ def layer_plots(run: Run) -> list[Plot]:
     axes.set_xlabel(place)
     _legend(axes, len(groups))
     caption = "‖X(W−W′)ᵀ‖ / ‖XWᵀ‖ on calibration inputs." if errors else "‖W−W′‖ / ‖W‖; nothing was calibrated."
-    return [*plots, Plot("Error of each layer", _inline(figure, "error"), caption)]
+    return [*plots, Plot("Error of each layer", inline(figure, "error"), caption)]
 
 
 def by_kind(layers: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, Mapping[str, Any]]]]:
@@ -122,7 +122,7 @@ def curve_plots(runs: Sequence[Run]) -> list[Plot]:
         lines = curve_points(runs, value)
         if sum(map(len, lines.values())) < 2:
             continue
-        figure, axes = _figure(3.2, width=5.2)
+        figure, axes = canvas(3.2, width=5.2)
         for colour, (name, points) in zip(_cycle(len(lines)), lines.items(), strict=True):
             axes.plot(*zip(*points, strict=True), label=name, color=colour, marker="o", markersize=4, linewidth=1.4)
         dense = level if level is not None else next((r.columns[0].perplexity for r in runs if r.columns), None)
@@ -134,7 +134,7 @@ def curve_plots(runs: Sequence[Run]) -> list[Plot]:
         axes.set_xlabel("density (share of weights kept)")
         axes.set_ylabel(label)
         _legend(axes, len(lines) + 1)
-        plots.append(Plot(title, _inline(figure, value), "The dashed line is dense."))
+        plots.append(Plot(title, inline(figure, value), "The dashed line is dense."))
     return plots
 
 
@@ -152,7 +152,7 @@ def _cycle(count: int) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(count)]
 
 
-def _figure(height: float, width: float = 8.0) -> tuple[Any, Any]:
+def canvas(height: float, width: float = 8.0) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -180,7 +180,7 @@ def _legend(axes: Any, entries: int) -> None:
         )
 
 
-def _inline(figure: Any, salt: str) -> str:
+def inline(figure: Any, salt: str) -> str:
     """A figure as SVG to be put inside HTML: no prolog, no outside names, text as text, ids of its own."""
     import matplotlib
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import sys
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
-from pumice.cli import catalog, make, measure, pages
 from pumice.cli.console import INTERRUPTED, interrupted
 
 __all__ = ["app", "main"]
@@ -21,8 +22,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for part in (make, measure, pages, catalog):
-    part.add_to(app)
+for found in pkgutil.iter_modules(__path__, prefix=f"{__name__}."):
+    part = importlib.import_module(found.name)
+    if hasattr(part, "add_to"):
+        part.add_to(app)
 
 
 @app.callback()

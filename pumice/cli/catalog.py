@@ -113,7 +113,7 @@ def _method_row(info: MethodInfo, measured: list[Mapping[str, Any]] | None) -> d
         "summary": info.summary,
         "key": info.key,
         "paper": info.paper,
-        "needs": list(info.needs),
+        "needs": sorted(info.bind().needs),
         "patterns": accepted,
         "options": options,
         **({"grammar": info.extras["grammar"]} if info.family == "pattern" else {}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,6 +112,17 @@ class Collect:
         stream.unpaired |= capture.unpaired
         self.tokens |= capture.tokens
         return capture.finish()
+
+    def states(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Hidden states in front of the unit and behind it, call by call, each [T, D] without padding."""
+        for index, batch in enumerate(self.stream.batches):
+            mask = token_mask(batch)
+            for record, state in zip(self.calls[index], self.hidden[index], strict=True):
+                with self.stream.precision():
+                    behind = hidden_of(record.call(self.unit.module, state.clone()))
+                both = (state.float(), behind.float())
+                masked = mask is not None and all(x.shape[:2] == mask.shape for x in both)
+                yield tuple(x[mask.bool()] if masked else x.flatten(0, -2) for x in both)  # type: ignore[union-attr]
 
     def steps(self) -> list[list[WeightView]]:
         """The unit's layers in the order in which they run, those together that read the same tensor.

@@ -85,13 +85,23 @@ class Bound:
     def name(self) -> str:
         return self.info.name
 
+    @property
+    def values(self) -> dict[str, Any]:
+        """Every option's value, defaults included."""
+        return {**{name: option.default for name, option in self.info.options.items()}, **self.options}
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics that the method needs with these options."""
+        more = self.info.extras.get("option_needs")
+        return frozenset(self.info.needs) | frozenset(more(self.values) if more is not None else ())
+
     def __call__(self, *args: Any) -> Any:
         return self.info.obj(*args, **self.options)
 
     def describe(self) -> dict[str, Any]:
         """Name and every option's value, defaults included, for reports."""
-        values = {name: option.default for name, option in self.info.options.items()}
-        return {"name": self.name, **values, **self.options}
+        return {"name": self.name, **self.values}
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
@@ -201,7 +211,15 @@ class Family:
 
 scorer = Family("score", "pumice.prune.score", scope="layer")
 recovery = Family("recover", "pumice.prune.recover", selects=False, patterns=None)
-allocation = Family("allocation", "pumice.prune.allocate", compares_score=False)
+allocation = Family(
+    "allocation",
+    "pumice.prune.allocate",
+    compares_score=False,
+    streams=False,
+    option_needs=None,
+    density=None,
+    passes=None,
+)
 goal = Family("goal", "pumice.prune.goal")
 repair = Family("repair", "pumice.prune.repair", minutes=None)
 shrink = Family("shrink", "pumice.prune.shrink")

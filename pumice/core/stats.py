@@ -38,6 +38,10 @@ MADE_STATS = {
     "random": "uniform noise seeded by the layer's name, [O, I]",
     "bias": "what the layer adds to its outputs, [O] (zeros where it has no bias)",
 }
+RUN_STATS = {
+    "loss": "loss of the whole model as it is, from forward passes (allocations only)",
+    "states": "hidden states in front of a block and behind it (allocations only)",
+}
 SAMPLE_ROWS = 512
 
 Stats = Mapping[str, Tensor]
@@ -46,8 +50,9 @@ Stats = Mapping[str, Tensor]
 def split_needs(needs: Iterable[str]) -> tuple[frozenset[str], frozenset[str]]:
     """Statistics of layers and of the whole model among `needs`; PumiceError for an unknown one."""
     wanted = frozenset(needs)
-    for name in wanted - LAYER_STATS.keys() - MODEL_STATS.keys() - MADE_STATS.keys():
-        raise PumiceError(unknown("statistic", name, [*LAYER_STATS, *MODEL_STATS, *MADE_STATS]))
+    known = {**LAYER_STATS, **MODEL_STATS, **MADE_STATS, **RUN_STATS}
+    for name in wanted - known.keys():
+        raise PumiceError(unknown("statistic", name, known))
     return wanted & LAYER_STATS.keys(), wanted & MODEL_STATS.keys()
 
 

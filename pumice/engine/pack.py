@@ -107,9 +107,9 @@ def pack(
     choices: list[LayerChoice] = []
     with bar(len(jobs), "pack", enabled=progress, unit="layer") as shown, torch.no_grad():
         for name, module, packed in jobs:
-            key = (*_signature(packed), tuple(rows), budget)
+            key = _signature(packed)
             if key not in measured:
-                measured[key] = _verdict(packed, key, rows, budget, remeasure)
+                measured[key] = verdict_of(packed, rows, budget, remeasure)
             choice, new = _apply(name, module, packed, measured[key], rows)
             choices.append(choice)
             if new is not module:
@@ -200,7 +200,12 @@ def _signature(packed: Packed) -> Any:
     return packed.shape, packed.dtype, packed.layout, kind, round(_density(packed) * 40)
 
 
-def _verdict(packed: Packed, key: Any, rows: Sequence[int], budget: int, remeasure: bool) -> Verdict:
+def verdict_of(packed: Packed, rows: Sequence[int], budget: int, remeasure: bool = False) -> Verdict:
+    """How one layer runs fastest here, measured, or recalled from an earlier measurement in the same circumstances.
+
+    `budget`: bytes that copies of the layer are rotated through, so that its weights come from memory.
+    """
+    key = (*_signature(packed), tuple(rows), budget)
     found = None if remeasure else verdicts.recall(key)
     if found is None:
         found = measure(packed, rows, budget)

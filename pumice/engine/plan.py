@@ -21,6 +21,7 @@ from pumice.core.stream import find_units
 from pumice.core.view import WeightView, find_views, matches, module_views
 from pumice.engine.disk import empty_model
 from pumice.engine.models import context_length, model_kind
+from pumice.prune.allocate.cost import read_budget
 from pumice.prune.axes import Axes, pattern_family
 
 PROCESS_BYTES = 600_000_000
@@ -72,11 +73,10 @@ def plan_run(model: nn.Module | str | Path, axes: Axes, samples: int, seqlen: in
         net = model
     else:
         net, reason = empty_model(model)
-        streamed = reason is None and not split_needs(axes.needs)[1]
+        reason = reason or axes.whole_model
+        streamed = reason is None
         notes.append(
-            "streamed from disk to disk: one block is in memory at a time"
-            if streamed
-            else f"loaded whole: {reason or 'the method needs gradients of the whole model'}"
+            "streamed from disk to disk: one block is in memory at a time" if streamed else f"loaded whole: {reason}"
         )
     views = find_views(net, axes.targets, axes.ignore)
     axes.check_views(views)
@@ -88,8 +88,12 @@ def plan_run(model: nn.Module | str | Path, axes: Axes, samples: int, seqlen: in
         )
     else:
         notes.append("time is estimated for language models only")
-    memory = _memory(net, views, axes, samples, samples * seqlen, streamed)
-    return DryRun(pruned, _kept(net, views, axes), seconds, memory, _disk(net, views, axes), notes)
+    memory, disk = _memory(net, views, axes, samples, samples * seqlen, streamed), _disk(net, views, axes)
+    budget = read_budget(str(axes.allocation.values.get("budget", "")))
+    if budget is not None and budget.unit != "density":
+        notes.append(f"the budget of {budget.text} decides how much is kept: the disk is at most what is said here")
+        disk = min(disk, int(budget.amount)) if budget.unit == "bytes" else disk
+    return DryRun(pruned, _kept(net, views, axes), seconds, memory, disk, notes)
 
 
 def _kept(model: nn.Module, views: list[WeightView], axes: Axes) -> list[dict[str, Any]]:
@@ -139,6 +143,10 @@ def _seconds(
         layers = getattr(model.config, "num_hidden_layers", 0)
         flops = 2.0 * weights * samples * seqlen
         total += OVERHEAD * passes * flops / linear
+        more = axes.allocation.info.extras["passes"]
+        if more is not None:
+            forwards = more(axes.allocation.values, len(find_units(model, views)), len(views))
+            total += OVERHEAD * forwards * 2.0 * weights * seqlen / linear
         total += passes * samples * layers * seqlen**2 * width / attention
     if "hessian" in needs:
         call = Call("gram", "dense", compute, "cpu", size, (size, size))
@@ -161,7 +169,8 @@ def _memory(model: nn.Module, views: list[WeightView], axes: Axes, samples: int,
     hessians = 0
     if "hessian" in axes.needs:
         hessians = max(sum({v.shape_OI[1]: v.shape_OI[1] ** 2 * 4 for v in unit.views}.values()) for unit in units) * 4
-    gradients = 3 * sum(p.numel() for p in model.parameters()) * 4 if split_needs(axes.needs)[1] else 0
+    whole = split_needs(axes.needs | axes.allocation.needs)[1]
+    gradients = 3 * sum(p.numel() for p in model.parameters()) * 4 if whole else 0
     if "gradients" in axes.needs:
         gradients += gradients_bytes(views, samples)
     return PROCESS_BYTES + weights + activations + hessians + gradients + max(view.numel for view in views) * 4 * 6

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from pumice.core.errors import PumiceError
-from pumice.core.stats import split_needs
 from pumice.core.stream import InMemory, Source, Unit, find_units
 from pumice.core.view import DEFAULT_IGNORE, find_views
 from pumice.engine.data import make_data
 from pumice.engine.disk import DiskSource, Unfinished, load_rest, open_on_disk
+from pumice.engine.layer_cost import linear_milliseconds
 from pumice.engine.models import load_model, load_tokenizer
 from pumice.engine.plan import DryRun, compute_dtype, plan_run
 from pumice.engine.repair import bind_repairs
@@ -215,7 +215,7 @@ class _Job:
 
     def from_name(self, name: str | Path, device: str, dtype: str) -> PruneResult:
         """Prune a model given by name: streamed from disk where that is possible, else loaded."""
-        whole = "the method needs gradients of the whole model" if split_needs(self.axes.needs)[1] else None
+        whole = self.axes.whole_model
         if (device, dtype) != ("cpu", "auto"):
             whole = "a device or dtype was asked for"
         opened = whole or open_on_disk(name)
@@ -291,6 +291,7 @@ class _Job:
             loss=self.loss,
             seed=self.settings["seed"],
             progress=self.progress,
+            costs={"ms": linear_milliseconds},
             **options,
         )
 

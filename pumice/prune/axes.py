@@ -68,13 +68,15 @@ class Axes:
                 f"pattern={legal.text!r} already spreads the density over all layers; allocation={share.name!r} "
                 "contradicts it: leave one of them out."
             )
+        # N:M fixes the density of its own, and refuses every allocation below.
+        own = None if pattern_family(legal) == "nm" else share.info.extras["density"]
         axes = cls(
             scorer,
             registry.recovery.bind(recover),
             share,
             registry.goal.bind(goal),
             legal,
-            legal.density(density),
+            legal.density(density if own is None else own(density, share.values)),
             (targets,) if isinstance(targets, str) else None if targets is None else tuple(targets),
             (ignore,) if isinstance(ignore, str) else tuple(ignore),
             sequential,
@@ -107,7 +109,7 @@ class Axes:
                 f"score={self.score.describe()!r} beside recover={self.recover.name!r}: the recovery chooses the mask with "
                 "options of its own; give them to recover."
             )
-        split_needs(self.needs)
+        split_needs(self.needs | self.allocation.needs)
 
     @property
     def selects_itself(self) -> bool:
@@ -121,7 +123,16 @@ class Axes:
 
     @property
     def needs_data(self) -> bool:
-        return bool((self.needs | frozenset(self.allocation.info.needs)) - MADE_STATS.keys())
+        return bool((self.needs | self.allocation.needs) - MADE_STATS.keys())
+
+    @property
+    def whole_model(self) -> str | None:
+        """Why the model has to be in memory as a whole, or None where one block at a time will do."""
+        if split_needs(self.needs | self.allocation.needs)[1]:
+            return "the method needs gradients of the whole model"
+        if "loss" in self.allocation.needs:
+            return f"allocation {self.allocation.name} runs the whole model"
+        return None
 
     def check_views(self, views: Sequence[WeightView]) -> None:
         """PumiceError naming the first layer that the pattern does not fit."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -21,8 +21,9 @@ from pumice.core.registry import Bound
 from pumice.core.stats import MADE_STATS, Stats, split_needs
 from pumice.core.stream import Collect, InMemory, Source, Stream, Unit, find_units
 from pumice.core.view import WeightView, find_views
-from pumice.prune.allocate.base import Layers
+from pumice.prune.allocate.cost import stored_bytes
 from pumice.prune.axes import Axes
+from pumice.prune.dense import CostMaker, DenseModel
 from pumice.prune.layer import Given, Selector
 
 
@@ -97,6 +98,7 @@ class Pruner:
         done: units that an earlier, interrupted run finished: name -> their results. They only feed the next ones.
         densities: the layers' densities as that run had allocated them, since the model is no longer dense.
         masks: masks by view name that are decided already: the recovery solves for the weights on them.
+        costs: unit -> what layers cost in it, for allocations with a budget; bytes are known here.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class Pruner:
         done: dict[str, list[LayerResult]] | None = None,
         densities: dict[str, float] | None = None,
         masks: dict[str, Tensor] | None = None,
+        costs: Mapping[str, CostMaker] | None = None,
     ) -> None:
         self.model, self.axes, self.batches, self.compute = model, axes, list(batches), compute
         self.source, self.loss, self.seed, self.progress = source or InMemory(), loss, seed, progress
@@ -122,7 +125,7 @@ class Pruner:
         axes.check_views(self.views)
         self.layer_needs, self.model_needs = split_needs(axes.needs)
         if axes.needs_data and not self.batches:
-            wanted = ", ".join(sorted((axes.needs | set(axes.allocation.info.needs)) - MADE_STATS.keys()))
+            wanted = ", ".join(sorted((axes.needs | axes.allocation.needs) - MADE_STATS.keys()))
             raise PumiceError(
                 f"data=None: method {axes.name!r} measures {wanted} and needs calibration data; pass data=…."
             )
@@ -130,19 +133,25 @@ class Pruner:
         self._blurred: list[str] = []
         self._whole: dict[str, dict[str, Tensor]] = {}
         self.densities = dict(densities or {})
+        self.costs = dict(costs or {})
 
     def measure_dense(self) -> None:
         """Take what is known of the dense model only: whole-model gradients, and densities where they are not given.
 
         `run` does this first; a resumed run in memory calls it before it puts the finished units in.
         """
-        if self.model_needs and not self._whole:
-            self._whole = self._model_stats()
+        shared = self.model_needs | (frozenset() if self.densities else split_needs(self.axes.allocation.needs)[1])
+        if shared and not self._whole:
+            self._whole = self._model_stats(shared)
         if self.densities:
             return
         stream = self._stream(dense=False)
         units = stream.units + stream.unreached if stream else find_units(self.model, self.views)
         self.densities = self._allocate(units, stream)
+        self._whole = {
+            name: {key: value for key, value in stats.items() if key in self.model_needs}
+            for name, stats in self._whole.items()
+        }
 
     def _stream(self, dense: bool) -> Stream | None:
         if not self.batches:
@@ -184,53 +193,43 @@ class Pruner:
             self.axes.describe(), layers, seconds, peak_memory_bytes(), self.notes, resumed_units=len(self.done)
         )
 
-    def _model_stats(self) -> dict[str, dict[str, Tensor]]:
+    def _model_stats(self, needs: frozenset[str]) -> dict[str, dict[str, Tensor]]:
         if not isinstance(self.source, InMemory):
-            wanted = ", ".join(sorted(self.model_needs))
+            wanted = ", ".join(sorted(needs))
             raise PumiceError(
                 f"method {self.axes.name!r} needs {wanted} of the whole model at once, which a model streamed from disk "
                 "cannot give: load it into memory, or use wanda or sparsegpt."
             )
         batches = [dict(b) if isinstance(b, dict) else b for b in self.batches]
-        if "gradients" in self.model_needs:
+        if "gradients" in needs:
             size = gradients_bytes(self.views, len(batches))
             self.notes.append(
                 f"the gradients of {len(batches)} batches took {size:,} bytes of memory; fewer samples take less"
             )
-        return model_stats(self.model, self.views, batches, self.model_needs, self.loss)
+        return model_stats(self.model, self.views, batches, needs, self.loss)
 
     def _allocate(self, units: Sequence[Unit], stream: Stream | None) -> dict[str, float]:
         """Density of every view; statistics for it come from the dense model."""
-        axes = self.axes
-        info = axes.allocation.info
-        dense: dict[str, dict[str, Tensor]] = {}
-        layer_needs, _ = split_needs(
-            frozenset(info.needs) | (axes.needs if info.extras["compares_score"] else frozenset())
-        )
-        if stream is not None and layer_needs:
-            with bar(len(units), f"allocate ({axes.allocation.name})", enabled=self.progress, unit="block") as shown:
+        return DenseModel(
+            self.model,
+            self.axes,
+            units,
+            stream,
+            self.source,
+            self.batches,
+            self.loss,
+            flat=self._flat_stats,
+            score=lambda w, stats: _scores(self.axes.score, w, stats),
+            solve=self._would_leave,
+            compute=self.compute,
+            seed=self.seed,
+            progress=self.progress,
+            costs={"bytes": partial(stored_bytes, self.model, self.axes.pattern), **self.costs},
+        ).densities()
 
-                def visit(unit: Unit, collect: Collect) -> None:
-                    dense.update(collect(layer_needs))
-                    shown.update()
-
-                stream.walk(visit)
-        # Layers that no calibration token reaches cannot be compared with the others.
-        blind = {view.name for unit in units for view in unit.views if layer_needs and view.name not in dense}
-
-        def read() -> Iterator[tuple[WeightView, Tensor, Stats]]:
-            for unit in units:
-                self.source.load(unit.name, unit.module)
-                for view in unit.views:
-                    if view.name not in blind:
-                        yield view, view.read(), self._flat_stats(view, dense.get(view.name, {}))
-                self.source.free(unit.name, unit.module)
-
-        blocks = {view.name: unit.name for unit in units for view in unit.views}
-        ordered = [view for unit in units for view in unit.views if view.name not in blind]
-        layers = Layers(ordered, blocks, read, lambda w, stats: _scores(axes.score, w, stats))
-        found = axes.allocation(layers, axes.density) if ordered else {}
-        return {**dict.fromkeys(blind, axes.density), **found}
+    def _would_leave(self, view: WeightView, w: Tensor, stats: dict[str, Tensor], density: float) -> Tensor:
+        selector = Selector(self.axes.fitted(view), density)
+        return self._solve(view, w, stats, self.axes.score, self.axes.recover, selector)[0]
 
     def _flat_stats(self, view: WeightView, stats: dict[str, Tensor]) -> dict[str, Tensor]:
         """Statistics of the whole view: vectors broadcast to its rows, matrices [G, I, I] where it has several groups."""

@@ -15,8 +15,8 @@ from pumice.prune.run import Pruner
 from tests.methods.layers import correlated, draw
 
 
-def allocate(name, model, density, stats=None, blocks=None, score=None, **options):
-    """Densities by view name; without blocks every layer is one."""
+def allocate(name, model, density, stats=None, blocks=None, score=None, more=None, **options):
+    """Densities by view name; without blocks every layer is one. `more`: other fields of `Layers`."""
     views = find_views(model, ignore=())
     stats = stats or {}
     layers = Layers(
@@ -24,6 +24,7 @@ def allocate(name, model, density, stats=None, blocks=None, score=None, **option
         blocks or {view.name: view.name for view in views},
         lambda: ((view, view.read(), stats.get(view.name, {})) for view in views),
         score or (lambda w, stats: w.abs()),
+        **(more or {}),
     )
     return registry.allocation.get(name).bind(options)(layers, density)
 

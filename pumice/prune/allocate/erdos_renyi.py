@@ -4,28 +4,15 @@ from __future__ import annotations
 
 import math
 
-from pumice.core.errors import PumiceError
 from pumice.core.registry import allocation
 from pumice.core.view import WeightView
-from pumice.prune.allocate.base import Layers
+from pumice.prune.allocate.base import Layers, share
 
 
-def proportional(weights: dict[str, float], sizes: dict[str, int], density: float) -> dict[str, float]:
-    """Densities proportional to `weights`, capped at 1, that keep `density` of all parameters together."""
-    budget = density * sum(sizes.values())
-    full: set[str] = set()
-    while True:
-        free = [name for name in sizes if name not in full]
-        if not free:
-            return dict.fromkeys(sizes, 1.0)
-        factor = (budget - sum(sizes[name] for name in full)) / sum(weights[name] * sizes[name] for name in free)
-        over = [name for name in free if factor * weights[name] > 1]
-        if not over:
-            break
-        full.update(over)
-    if factor <= 0:
-        raise PumiceError(f"density={density} is too small for an Erdős–Rényi allocation of these layers.")
-    return {name: 1.0 if name in full else factor * weights[name] for name in sizes}
+def _densities(weights: dict[str, float], layers: Layers, density: float) -> dict[str, float]:
+    sizes = {view.name: view.numel for view in layers.views}
+    amounts = share({name: weights[name] * sizes[name] for name in sizes}, sizes, density * sum(sizes.values()))
+    return {name: amounts[name] / sizes[name] for name in sizes}
 
 
 @allocation("er", paper="Mocanu et al., arXiv:1707.04780")
@@ -35,7 +22,7 @@ def er(layers: Layers, density: float) -> dict[str, float]:
     for view in layers.views:
         o, i, _ = _channels(view)
         weights[view.name] = (o + i) / (o * i)
-    return proportional(weights, {view.name: view.numel for view in layers.views}, density)
+    return _densities(weights, layers, density)
 
 
 @allocation("erk", paper="Evci et al., arXiv:1911.11134")
@@ -45,7 +32,7 @@ def erk(layers: Layers, density: float) -> dict[str, float]:
     for view in layers.views:
         o, i, kernel = _channels(view)
         weights[view.name] = (o + i + sum(kernel)) / (o * i * math.prod(kernel))
-    return proportional(weights, {view.name: view.numel for view in layers.views}, density)
+    return _densities(weights, layers, density)
 
 
 def _channels(view: WeightView) -> tuple[int, int, tuple[int, ...]]:

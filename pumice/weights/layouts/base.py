@@ -216,6 +216,12 @@ def pack_smallest(w_OI: Tensor, hint: StorageHint | None = None) -> Packed:
     Every layout says which parameters it would try; `hint` (a pattern) adds the ones made for it. What is chosen
     depends on the matrix alone, never on the machine.
     """
+    _, name, params = smallest(w_OI, hint)
+    return pack(w_OI, name, **params)
+
+
+def smallest(w_OI: Tensor, hint: StorageHint | None = None) -> tuple[int, str, dict[str, int]]:
+    """Bytes, layout and parameters that `pack_smallest` would choose, without packing."""
     w_OI = w_OI.detach()
     wanted = hint.storage(w_OI.shape[0], w_OI.shape[1]) if hint is not None else None
     best: tuple[int, str, dict[str, int]] = (w_OI.numel() * w_OI.element_size(), "dense", {})
@@ -228,7 +234,7 @@ def pack_smallest(w_OI: Tensor, hint: StorageHint | None = None) -> Packed:
                 size = info.obj.stored_bytes(w_OI, **params)
                 if size < best[0]:
                     best = (size, info.name, params)
-    return pack(w_OI, best[1], **best[2])
+    return best
 
 
 def pack_bits(bits: Tensor) -> Tensor:
