@@ -200,14 +200,15 @@ class Family:
 
 
 scorer = Family("score", "pumice.prune.score", scope="layer")
-recovery = Family("recover", "pumice.prune.recover", selects=False, patterns=None)
+recovery = Family("recover", "pumice.prune.recover", selects=False, patterns=None, rounds=False)
 allocation = Family("allocation", "pumice.prune.allocate", compares_score=False)
 goal = Family("goal", "pumice.prune.goal")
+values = Family("values", "pumice.prune.values")
 repair = Family("repair", "pumice.prune.repair")
 shrink = Family("shrink", "pumice.prune.shrink")
 pattern = Family("pattern", "pumice.weights.patterns", grammar="")
 layout = Family("layout", "pumice.weights.layouts", storable=True)
-FAMILIES = {family.name: family for family in (scorer, recovery, allocation, goal, repair, shrink, pattern, layout)}
+FAMILIES = {family.name: family for family in (scorer, recovery, allocation, goal, values, repair, shrink, pattern, layout)}
 
 
 def family(name: str) -> Family:

@@ -152,7 +152,7 @@ class Plan:
     def _coded(self, packed: Packed, stored: dict[str, Tensor], common: tuple[int, int, int]) -> Any:
         """The handle of integers with scales."""
         group = packed.params.get("group", 0)
-        numbers = next(stored[name] for name in ("codes", "values", "weight") if name in stored)
+        numbers = next(stored[name] for name in ("codes", "values") if name in stored)
         scales, zeros, mask = stored["scales"].to(packed.dtype), stored.get("zeros"), stored.get("bitmask")
         starts = None
         if mask is not None:

@@ -39,7 +39,7 @@ def _scale_fault(packed: Packed) -> str | None:
 class RowCoded(Layout):
     """int8 with one scale a row, the integers standing in another layout.
 
-    Tensors: those of that layout with int8 numbers, and `scales` [O].
+    Tensors: those of that layout with int8 numbers (`values` [O, I] where it is the dense one), and `scales` [O].
     """
 
     coded = True
@@ -68,11 +68,15 @@ class RowCoded(Layout):
         assert grid is not None
         inner = layout_named(cls.within).pack(grid.levels(w_OI), **params)
         scales = grid.scales.flatten().to(w_OI.device, w_OI.dtype)
-        return Packed(f"int8{_tail(cls.within)}", inner.shape, w_OI.dtype, {**inner.tensors, "scales": scales}, params)
+        # A module has a `weight` of its own: the dense one.
+        tensors = {"values" if name == "weight" else name: tensor for name, tensor in inner.tensors.items()}
+        return Packed(f"int8{_tail(cls.within)}", inner.shape, w_OI.dtype, {**tensors, "scales": scales}, params)
 
     @classmethod
     def _inner(cls, packed: Packed) -> Packed:
         tensors = {name: tensor for name, tensor in packed.tensors.items() if name != "scales"}
+        if cls.within == "dense" and "values" in tensors:
+            tensors["weight"] = tensors.pop("values")
         return Packed(cls.within, packed.shape, torch.int8, tensors, packed.params)
 
     @classmethod
@@ -89,7 +93,7 @@ class RowCoded(Layout):
 
     @classmethod
     def numbers(cls, packed: Packed) -> Tensor:
-        return packed.tensors["weight" if cls.within == "dense" else "values"]
+        return packed.tensors["values"]
 
     @classmethod
     def grid(cls, packed: Packed) -> Grid:
