@@ -138,7 +138,7 @@ def tune_blocks(
     batches: Sequence[Any],
     *,
     steps: int = 64,
-    lr_levels: float = 0.03,
+    lr_levels: float = 0.002,
     lr_scales: float = 1e-3,
     free: bool = True,
     minutes: float | None = None,
@@ -152,7 +152,8 @@ def tune_blocks(
     model's activations: mean squared error over the hidden state, Adam, one batch a step.
 
     Args:
-        steps: for each block; lr_levels in levels a step, lr_scales relative to the scale.
+        steps: for each block.
+        lr_levels: of the levels, as a share of their range 2ᵇ; lr_scales: of the scales, relative to them.
         minutes: for all blocks together; later blocks are left as they are when it is up.
 
     Returns:
@@ -201,7 +202,7 @@ def tune_blocks(
         ]
         with trainable(own, free) as made:
             groups = [
-                {"params": [fake.levels for fake in made], "lr": lr_levels},
+                {"params": [fake.levels for fake in made], "lr": lr_levels * (1 << own[0][1].bits)},
                 {"params": [fake.change for fake in made], "lr": lr_scales},
             ]
             return _descend(groups, items, objective, steps, seed, left)

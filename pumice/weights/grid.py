@@ -110,6 +110,12 @@ class Coding:
     zero: bool = False
     search: int = 0
 
+    def __post_init__(self) -> None:
+        # Levels are held as int8, and with a zero point they reach from -z to 2^b - 1 - z.
+        if not 2 <= self.bits <= 8 - self.zero:
+            most = "7 bits, with zero points" if self.zero else "8 bits"
+            raise PumiceError(f"values={self.name!r} of {self.bits} bits: integers have 2 to {most}.")
+
     def check(self, name: str, width: int) -> None:
         """PumiceError naming the layer where the groups do not divide its width."""
         if self.group and (self.group % 16 or width % self.group):
