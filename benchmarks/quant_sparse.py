@@ -135,9 +135,7 @@ def minilm(shared: Path) -> tuple[nn.Module, Any, Callable[[nn.Module], dict[str
     kept = set(names[:400])
     qrels = {q: {d: gain for d, gain in found.items() if d in kept} for q, found in whole.qrels.items()}
     qrels = {q: found for q, found in qrels.items() if any(found.values())}
-    part = RetrievalData(
-        {d: whole.documents[d] for d in names[:400]}, {q: whole.queries[q] for q in qrels}, qrels
-    )
+    part = RetrievalData({d: whole.documents[d] for d in names[:400]}, {q: whole.queries[q] for q in qrels}, qrels)
     text = [whole.documents[d] for d in names[-400:]]
     ids = data.tokenize(" ".join(text), loaded.tokenizer)
     calibration = data.random_windows(ids, 64, 128, 0)
@@ -201,7 +199,9 @@ def gqsa(shared: Path, results: dict[str, Any], redo: bool, match: str) -> None:
         recover, blocks, scales = STAGES[label]
         model, start = copy.deepcopy(dense), time.perf_counter()
         options = {**GROUPS, "recover": recover, "density": 0.5, "values": "int4"}
-        result = pumice.prune(model, options.pop("score"), data=calibration, compute="bfloat16", progress=False, **options)
+        result = pumice.prune(
+            model, options.pop("score"), data=calibration, compute="bfloat16", progress=False, **options
+        )
         facts: dict[str, Any] = {}
         with bf16_matmul(True):
             if blocks:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pumice.engine.pack import pack as pack
     from pumice.engine.pack import unpack as unpack
     from pumice.engine.prune import prune as prune
+    from pumice.engine.repair import repair as repair
     from pumice.engine.store import load as load
     from pumice.engine.store import save as save
 
@@ -28,6 +29,7 @@ _WHERE = {
     "PumiceError": "pumice.core.errors",
     "methods": "pumice.core.registry",
     "prune": "pumice.engine.prune",
+    "repair": "pumice.engine.repair",
     "pack": "pumice.engine.pack",
     "unpack": "pumice.engine.pack",
     "describe": "pumice.engine.pack",
@@ -50,6 +52,7 @@ __all__ = [
     "methods",
     "pack",
     "prune",
+    "repair",
     "save",
     "unpack",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,6 +54,7 @@ def add_to(app: typer.Typer) -> None:
     """Register this module's commands."""
     remedy = "finished blocks are kept in {out}.partial; repeat the command with --resume to go on."
     command(app, "prune", on_interrupt=remedy)(with_schema(prune))
+    command(app, "repair", on_interrupt="nothing was written; the model is as it was.")(repair)
     command(app, "export")(export)
 
 
@@ -69,6 +70,11 @@ def prune(
     ] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
+    repairs: Annotated[
+        list[str] | None,
+        typer.Option("--repair", metavar="NAMES", help="Repairs to do afterwards, in order (pumice methods repair)."),
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="Time for the repairs together.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be pruned and kept, and its time, memory and disk.")
     ] = False,
@@ -97,7 +103,10 @@ def prune(
     if dry_run:
         return Output(plan, lambda console: _show_plan(console, plan))
     assert out is not None
-    result = run_prune(model, found, out=out, resume=resume, overwrite=overwrite, **fields)
+    methods = repair_specs(repairs, ()) if repairs else []
+    result = run_prune(
+        model, found, out=out, resume=resume, overwrite=overwrite, repair=methods or None, minutes=minutes, **fields
+    )
     from pumice.analyze.measure import pruned_run
     from pumice.report import save_run
 
@@ -105,6 +114,68 @@ def prune(
     save_run(out, run)
     data = {**result.to_dict(), "disk_bytes": {column.name: column.disk_bytes for column in run.columns}}
     return Output(data, lambda console: _show_result(console, data, out))
+
+
+def repair_specs(given: list[str], settings: Sequence[str]) -> list[Any]:
+    """Repairs by name with settings like `perp.rank=8` applied; PumiceError for what does not fit."""
+    from pumice.core import registry
+
+    specs: dict[str, dict[str, Any]] = {name: {"name": name} for name in names(given)}
+    for setting in settings:
+        target, equals, value = setting.partition("=")
+        name, dot, option = target.strip().partition(".")
+        if not (equals and dot and option) or name not in specs:
+            raise PumiceError(f"set={setting!r} is not REPAIR.OPTION=VALUE with REPAIR one of {', '.join(specs)}.")
+        specs[name] |= registry.repair.get(name).bind({option: value.strip()}).options
+    for spec in specs.values():
+        registry.repair.bind(spec)
+    return list(specs.values())
+
+
+def repair(
+    model: Model,
+    *,
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder to write.")],
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", "-m", metavar="NAMES", help="Repairs in order (pumice methods repair); default perp."),
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="The dense model: guides training, and refits need it.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Time for all of them together; default each one's own.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="REPAIR.OPTION=VALUE", help="Option of a repair, as perp.rank=8 (repeat)."),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Text to learn from: file or Hugging Face dataset.")] = None,
+    samples: Annotated[int, typer.Option(help="Windows of text.")] = 256,
+    seqlen: Annotated[int, typer.Option(help="Tokens in each window.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Seed of the windows and of the training.")] = 0,
+    device: Device = "cpu",
+    overwrite: Overwrite = False,
+) -> Output:
+    """Retrain or refit what a pruned model has left; its zeros stay zeros, and a repair that makes it worse is undone."""
+    specs = repair_specs(method or ["perp"], settings or ())
+    from pumice.engine.repair import repair as run_repair
+
+    given: dict[str, Any] = {"samples": samples, "seqlen": seqlen, "seed": seed, "device": device}
+    result = run_repair(
+        model, specs, data=data, teacher=teacher, minutes=minutes, out=out, overwrite=overwrite, **given
+    )
+    data_out = result.to_dict()
+    return Output(data_out, lambda console: _show_repair(console, data_out))
+
+
+def _show_repair(console: Console, data: dict[str, Any]) -> None:
+    for step in data["steps"]:
+        gone = "" if step["kept"] else ", undone"
+        console.print(
+            f"{step['method']['name']}: held-out loss {step['before']:.4f} to {step['after']:.4f} in {step['seconds']:,.0f} s{gone}."
+        )
+    _show_notes(console, data["notes"])
+    if data["path"]:
+        console.print(f"Written to {data['path']}. Next: pumice eval {data['path']}", markup=False)
 
 
 def _show_plan(console: Console, plan: dict[str, Any]) -> None:
@@ -145,6 +216,8 @@ def _show_result(console: Console, data: dict[str, Any], out: str) -> None:
     sizes = {name: size for name, size in data["disk_bytes"].items() if size}
     console.print("On disk: " + ", ".join(f"{name} {size_text(size)}" for name, size in sizes.items()) + ".")
     _show_notes(console, data["notes"])
+    if data.get("repair"):
+        _show_repair(console, {**data["repair"], "path": None})
     console.print(f"Written to {out}. Next: pumice report {out} --measure")
 
 

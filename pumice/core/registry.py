@@ -204,11 +204,13 @@ recovery = Family("recover", "pumice.prune.recover", selects=False, patterns=Non
 allocation = Family("allocation", "pumice.prune.allocate", compares_score=False)
 goal = Family("goal", "pumice.prune.goal")
 values = Family("values", "pumice.prune.values")
-repair = Family("repair", "pumice.prune.repair")
+repair = Family("repair", "pumice.prune.repair", minutes=None)
 shrink = Family("shrink", "pumice.prune.shrink")
 pattern = Family("pattern", "pumice.weights.patterns", grammar="")
 layout = Family("layout", "pumice.weights.layouts", storable=True)
-FAMILIES = {family.name: family for family in (scorer, recovery, allocation, goal, values, repair, shrink, pattern, layout)}
+FAMILIES = {
+    family.name: family for family in (scorer, recovery, allocation, goal, values, repair, shrink, pattern, layout)
+}
 
 
 def family(name: str) -> Family:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,8 @@ from pumice.engine.data import make_data
 from pumice.engine.disk import DiskSource, Unfinished, load_rest, open_on_disk
 from pumice.engine.models import load_model, load_tokenizer
 from pumice.engine.plan import DryRun, compute_dtype, plan_run
+from pumice.engine.repair import bind_repairs
+from pumice.engine.repair import repair as run_repair
 from pumice.engine.store import model_config, save_companions, tied_parameters
 from pumice.engine.writer import Writer
 from pumice.prune.axes import Axes
@@ -53,6 +56,8 @@ def prune(
     device: str = "cpu",
     dtype: str = "auto",
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    repair: Any = None,
+    minutes: float | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
@@ -76,6 +81,8 @@ def prune(
             models of 50 million parameters and more where the machine multiplies it natively.
         device, dtype: where and in which type a `model` given by name is loaded.
         loss: `f(model, batch)` for gradient scores of models that return no loss.
+        repair, minutes: repairs to do afterwards with the dense model as teacher, and the time for them (`pumice.repair`,
+            on the same data).
         resume: go on with an interrupted run to the same `out`.
         overwrite: replace an existing `out`.
 
@@ -105,12 +112,23 @@ def prune(
     settings = {**RUN_DEFAULTS, **find(method).run(), **{k: v for k, v in given.items() if v is not None}}
     data, products = settings.pop("data"), str(settings.pop("compute"))
     settings["data"] = _name_of(data)
+    repairs = bind_repairs(repair) if repair else []
     job = _Job(axes, settings, out, tokenizer, data, products, loss, resume, overwrite, progress)
+    teacher: Any = copy.deepcopy(model) if repairs and isinstance(model, nn.Module) else model
     if isinstance(model, nn.Module):
-        return job.in_memory(model, getattr(model, "name_or_path", "") or type(model).__name__)
-    if out is None:
+        result = job.in_memory(model, getattr(model, "name_or_path", "") or type(model).__name__)
+    elif out is None:
         raise PumiceError(f"out=None: model {str(model)!r} is given by name; say where the pruned checkpoint goes.")
-    return job.from_name(model, device, dtype)
+    else:
+        result = job.from_name(model, device, dtype)
+    if repairs:
+        subject: Any = model if isinstance(model, nn.Module) else out
+        # What was written before the repair is replaced by what it makes of it.
+        options: dict[str, Any] = {"out": out, "overwrite": True, "tokenizer": job.tokenizer, "loss": loss}
+        options |= {"compute": products, "progress": progress, "seed": int(settings["seed"]), "device": device}
+        done = run_repair(subject, repairs, data=data, teacher=teacher, minutes=minutes, **options)
+        result.repair = done.to_dict()
+    return result
 
 
 def plan_prune(

@@ -25,7 +25,9 @@ def form_of(packed: Packed) -> str:
     return f"{packed.layout}|{','.join(names)}|{','.join(sorted(packed.params))}"
 
 
-def _packed(scales: Tensor, structure: Sequence[Tensor], form: str, shape: Sequence[int], params: Sequence[int]) -> Packed:
+def _packed(
+    scales: Tensor, structure: Sequence[Tensor], form: str, shape: Sequence[int], params: Sequence[int]
+) -> Packed:
     layout, names, keys = form.split("|")
     tensors = {"scales": scales, **dict(zip(names.split(","), structure, strict=True))}
     named = dict(zip(keys.split(",") if keys else (), params, strict=True))

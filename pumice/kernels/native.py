@@ -117,6 +117,12 @@ for _info in registry.layout.members():
         continue
     register(
         Backend(
-            "unpack", "linear", _info.name, _anything, _prepare_unpack, 0, "unpacks to dense at every call, then F.linear"
+            "unpack",
+            "linear",
+            _info.name,
+            _anything,
+            _prepare_unpack,
+            0,
+            "unpacks to dense at every call, then F.linear",
         )
     )

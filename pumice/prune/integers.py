@@ -103,7 +103,12 @@ def trainable(layers: Sequence[tuple[WeightView, Grid]], free: bool) -> Iterator
 
 
 def _descend(
-    groups: list[dict[str, Any]], items: Sequence[Any], objective: Objective, steps: int, seed: int, left: Callable[[], bool]
+    groups: list[dict[str, Any]],
+    items: Sequence[Any],
+    objective: Objective,
+    steps: int,
+    seed: int,
+    left: Callable[[], bool],
 ) -> list[float]:
     """Adam over the items in random order, the rate falling to zero; the losses. Stops early when no time is left."""
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))

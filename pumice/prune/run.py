@@ -57,6 +57,8 @@ class PruneResult:
     notes: list[str] = field(default_factory=list)
     resumed_units: int = 0
     path: str | None = None
+    repair: dict[str, Any] | None = None
+    """What the repairs after it did, where some were asked for."""
 
     @property
     def density(self) -> float:
@@ -95,6 +97,7 @@ class Pruner:
         finished: called after each unit with its layer results (to write it away).
         done: units that an earlier, interrupted run finished: name -> their results. They only feed the next ones.
         densities: the layers' densities as that run had allocated them, since the model is no longer dense.
+        masks: masks by view name that are decided already: the recovery solves for the weights on them.
     """
 
     def __init__(
@@ -111,10 +114,11 @@ class Pruner:
         finished: Callable[[Unit, list[LayerResult]], None] | None = None,
         done: dict[str, list[LayerResult]] | None = None,
         densities: dict[str, float] | None = None,
+        masks: dict[str, Tensor] | None = None,
     ) -> None:
         self.model, self.axes, self.batches, self.compute = model, axes, list(batches), compute
         self.source, self.loss, self.seed, self.progress = source or InMemory(), loss, seed, progress
-        self.finished, self.done = finished, done or {}
+        self.finished, self.done, self.masks = finished, done or {}, masks or {}
         self.views = find_views(model, axes.targets, axes.ignore)
         axes.check_views(self.views)
         self.layer_needs, self.model_needs = split_needs(axes.needs)
@@ -268,6 +272,8 @@ class Pruner:
         start = time.perf_counter()
         axes, w = self.axes, view.read()
         selector = Selector(axes.fitted(view), self.densities[view.name], coding=axes.coding)
+        if view.name in self.masks:
+            selector = Given(selector.pattern, selector.density, coding=axes.coding, mask=self.masks[view.name])
         score, recover, method = axes.score, axes.recover, axes.name
         if stats is None and self.layer_needs - {"input"}:
             score, recover, method = registry.scorer.bind("magnitude"), registry.recovery.bind("none"), "magnitude"

@@ -191,6 +191,18 @@ def kept(views: Iterable[WeightView]) -> Grid | None:
     return grids[0] if len(grids) == 1 else stacked(grids)
 
 
+def zeros_of(view: WeightView) -> Tensor:
+    """bool [O, I]: the zeros that a layer's storage stands on: all of them, or those of whole groups of its grid.
+
+    A weight that was rounded to zero inside a stored group takes its bits anyway.
+    """
+    zero = view.matrix() == 0
+    grid = kept([view])
+    if grid is None or not grid.group or zero.shape[1] != grid.group * grid.scales.shape[1]:
+        return zero
+    return grid.grouped(zero).all(-1, keepdim=True).expand(-1, -1, grid.group).flatten(1)
+
+
 def forget(model: nn.Module) -> None:
     """Drop the grids of all layers of a model (their weights stay as they are)."""
     for module in model.modules():

@@ -9,7 +9,17 @@ import torch
 from pumice.core import registry
 from pumice.core.errors import PumiceError
 from pumice.weights.grid import Coding
-from pumice.weights.layouts.base import Packed, grid_of, pack, pack_bits, pack_smallest, repack, unpack, unpack_bits, validate
+from pumice.weights.layouts.base import (
+    Packed,
+    grid_of,
+    pack,
+    pack_bits,
+    pack_smallest,
+    repack,
+    unpack,
+    unpack_bits,
+    validate,
+)
 from pumice.weights.layouts.nm import rank, unrank
 
 LAYOUTS = [info.name for info in registry.family("layout").members()]

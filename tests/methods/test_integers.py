@@ -106,9 +106,7 @@ def test_many_bits_change_nothing():
 @pytest.mark.parametrize("recover", ["none", "obs", "alps"])
 def test_a_pruned_model_comes_back_from_disk_bit_by_bit(values, recover, tmp_path):
     model = tiny.llama()
-    result = pumice.prune(
-        model, "wanda", density=0.5, recover=recover, values=values, data=TOKENS, progress=False
-    )
+    result = pumice.prune(model, "wanda", density=0.5, recover=recover, values=values, data=TOKENS, progress=False)
     assert result.recipe["values"]["name"] == (values if isinstance(values, str) else values["name"])
     for view in find_views(model):
         grid = kept([view])
@@ -244,8 +242,10 @@ def test_stage_two_moves_scales_and_nothing_else():
     assert facts["trained"] == sum(grid.scales.numel() for _, grid in before.values())
     for view, grid in quantised_views(find_views(model)):
         old, old_grid = before[view.name]
-        assert torch.equal(grid.levels(view.read())[grid.scales.ne(0).repeat_interleave(16, 1)],
-                           old_grid.levels(old)[grid.scales.ne(0).repeat_interleave(16, 1)])
+        assert torch.equal(
+            grid.levels(view.read())[grid.scales.ne(0).repeat_interleave(16, 1)],
+            old_grid.levels(old)[grid.scales.ne(0).repeat_interleave(16, 1)],
+        )
         assert not torch.equal(grid.scales, old_grid.scales)
     assert all(torch.equal(model.get_parameter(name), value) for name, value in others.items())
     assert all(p.requires_grad for p in model.parameters())
@@ -270,8 +270,11 @@ def test_the_stages_need_integers():
 def test_pack_rounds_only_when_asked_and_runs_what_was_rounded():
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(128, 256), torch.nn.ReLU(), torch.nn.Linear(256, 128))
-    layouts = {t.layout for layer in pumice.describe(pumice.pack(copy.deepcopy(net), progress=False)).layers
-               for t in layer.timings}
+    layouts = {
+        t.layout
+        for layer in pumice.describe(pumice.pack(copy.deepcopy(net), progress=False)).layers
+        for t in layer.timings
+    }
     assert layouts == {"dense"}
     asked = pumice.pack(copy.deepcopy(net), values="int4", progress=False)
     assert {t.layout for t in pumice.describe(asked).layers[0].timings} >= {"dense", "int4", "int4-bitmask"}

@@ -134,7 +134,9 @@ class GroupCoded(Layout):
         o, i = w_OI.shape
         if not cls.sparse:
             return torch.ones(o, i // group, dtype=torch.bool, device=w_OI.device)
-        return (w_OI != 0).unflatten(-1, (i // group, group)).any(-1) if w_OI.numel() else torch.zeros(o, i // group) > 0
+        return (
+            (w_OI != 0).unflatten(-1, (i // group, group)).any(-1) if w_OI.numel() else torch.zeros(o, i // group) > 0
+        )
 
     @classmethod
     def stored_bytes(cls, w_OI: Tensor, *, grid: Grid | None = None, **params: int) -> int:
