@@ -18,8 +18,8 @@ from pumice.core.errors import PumiceError
 Spec = str | dict[str, Any]
 DEFAULT = "sparsegpt"
 """What method "auto" means."""
-AXES = ("score", "recover", "allocation", "goal")
-USUAL = {"recover": "none", "allocation": "uniform", "goal": "layer"}
+AXES = ("score", "recover", "allocation", "goal", "values")
+USUAL = {"recover": "none", "allocation": "uniform", "goal": "layer", "values": "none"}
 """What an axis is where a recipe does not name it."""
 PLACEMENT = ("pattern", "density", "targets", "ignore", "sequential")
 RUN = ("samples", "seqlen", "seed", "data", "compute")
@@ -34,6 +34,7 @@ class Recipe:
     recover: Annotated[Spec | None, "how the kept weights make up for the pruned ones (pumice methods recover)"] = None
     allocation: Annotated[Spec | None, "how the density is shared between layers (pumice methods allocation)"] = None
     goal: Annotated[Spec | None, "whose outputs a pruned layer reproduces (pumice methods goal)"] = None
+    values: Annotated[Spec | None, "what the kept weights are rounded to (pumice methods values)"] = None
     pattern: Annotated[str | None, "which zeros are legal: unstructured, 2:4, 16x32, row, column, …"] = None
     density: Annotated[float | None, "share of weights to keep in each pruned layer, in (0, 1]; N:M fixes it"] = None
     targets: Annotated[tuple[str, ...] | None, "names of layers to prune, * allowed"] = None

@@ -210,7 +210,7 @@ class Family:
 
 
 scorer = Family("score", "pumice.prune.score", scope="layer")
-recovery = Family("recover", "pumice.prune.recover", selects=False, patterns=None)
+recovery = Family("recover", "pumice.prune.recover", selects=False, patterns=None, rounds=False)
 allocation = Family(
     "allocation",
     "pumice.prune.allocate",
@@ -221,13 +221,15 @@ allocation = Family(
     passes=None,
 )
 goal = Family("goal", "pumice.prune.goal")
+values = Family("values", "pumice.prune.values")
 repair = Family("repair", "pumice.prune.repair", minutes=None)
 shrink = Family("shrink", "pumice.prune.shrink")
 rewrite = Family("rewrite", "pumice.prune.rewrite", patterns=None)
 pattern = Family("pattern", "pumice.weights.patterns", grammar="")
 layout = Family("layout", "pumice.weights.layouts", storable=True)
 FAMILIES = {
-    family.name: family for family in (scorer, recovery, allocation, goal, repair, shrink, rewrite, pattern, layout)
+    family.name: family
+    for family in (scorer, recovery, allocation, goal, values, repair, shrink, rewrite, pattern, layout)
 }
 
 

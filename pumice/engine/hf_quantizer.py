@@ -68,10 +68,10 @@ class Expand(ConversionOps):
         del source_patterns, target_patterns
         name = kwargs["full_layer_name"]
         packed = Packed.empty(self.entry)
-        for pattern, found in input_dict.items():
-            packed.tensors[self.names[pattern]] = found[0] if isinstance(found, list) else found
         # Transformers has cast the values already, to the dtype that it wants for this parameter.
-        packed.dtype = packed.tensors[packed.value_name].dtype
+        packed.fill(
+            {self.names[key]: found[0] if isinstance(found, list) else found for key, found in input_dict.items()}
+        )
         validate(packed, name)
         return {name: restore_entry(packed, self.entry)}
 

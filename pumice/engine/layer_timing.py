@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pumice.core import dispatch, registry
+from pumice.core import dispatch
 from pumice.core.dispatch import Call
-from pumice.weights.layouts.base import Packed
+from pumice.weights.layouts.base import Packed, grid_of, possible, repack
 from pumice.weights.layouts.base import pack as pack_as
 from pumice.weights.layouts.base import unpack as unpack_matrix
 
@@ -58,18 +58,14 @@ class Verdict:
 
 
 def _layouts(packed: Packed) -> list[Packed]:
-    """The matrix in every layout that fits its zeros and is smaller than dense."""
-    w = unpack_matrix(packed)
+    """The matrix dense, as it is stored, and in every layout that fits its zeros (and its grid) and is smaller than dense."""
+    w, grid = unpack_matrix(packed), grid_of(packed)
     found = [pack_as(w, "dense")]
-    for info in registry.layout.members():
-        if info.name == "dense":
-            continue
-        tried = [packed.params] if packed.layout == info.name else info.obj.candidates(w)
-        for params in tried:
-            smaller = info.obj.refuse(w, **params) is None and info.obj.stored_bytes(w, **params) < found[0].nbytes
-            if smaller:
-                found.append(pack_as(w, info.name, **params))
-    return found
+    own = [] if packed.layout == "dense" else [packed]
+    for name, params, size in possible(w, grid):
+        if name not in ("dense", packed.layout) and size < found[0].nbytes:
+            own.append(repack(packed, name, **params))
+    return found + own
 
 
 def measure(packed: Packed, batch: Sequence[int], budget: int) -> Verdict:

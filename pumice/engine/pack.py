@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from pumice.core import dispatch
+from pumice.core import dispatch, registry
 from pumice.core.dispatch import Call
 from pumice.core.errors import PumiceError
 from pumice.core.progress import bar
 from pumice.core.view import WeightView, module_views
 from pumice.engine import verdicts
 from pumice.engine.layer_timing import Timing, Verdict, measure
-from pumice.weights.layouts.base import Packed
+from pumice.weights.grid import Coding, kept
+from pumice.weights.layouts.base import Packed, pack_smallest, repack
 from pumice.weights.layouts.base import pack as pack_as
 from pumice.weights.layouts.base import unpack as unpack_matrix
 from pumice.weights.modules import SparseLinear, SparseModule, densify, reads_weight, replace_module, sparse_twin
 
+FLOATS = ("bfloat16", "float16", "float32")
 COLD_BYTES = 128 << 20
 """Copies of a layer are rotated through this much memory, if the model's own layers are as large together."""
 
@@ -75,7 +77,7 @@ def pack(
     model: nn.Module,
     *,
     batch: int | Sequence[int] = (1,),
-    values: str | None = None,
+    values: str | Mapping[str, Any] | None = None,
     remeasure: bool = False,
     progress: bool = True,
 ) -> nn.Module:
@@ -88,7 +90,9 @@ def pack(
 
     Args:
         batch: rows to optimise for, e.g. 1 for decoding one sequence.
-        values: "bfloat16", "float16" or "float32" to change the model's type first; None keeps it.
+        values: "bfloat16", "float16" or "float32" to change the model's type first; "int8", "int4" (`pumice methods
+            values`) to round every layer to integers, which are kept where they run fastest, whatever that costs in
+            quality; None keeps the numbers as they are: layers that were quantised before still run as integers.
         remeasure: time everything again, whatever was measured before.
 
     Raises:
@@ -97,20 +101,24 @@ def pack(
     rows = sorted({batch} if isinstance(batch, int) else set(batch))
     if not rows or any(not isinstance(size, int) or size < 1 for size in rows):
         raise PumiceError(f"batch={batch!r} must hold whole numbers of at least 1.")
-    if values is not None:
-        if values not in ("bfloat16", "float16", "float32"):
-            raise PumiceError(f"values={values!r} must be bfloat16, float16 or float32 (or None to keep the type).")
+    coding = None
+    if isinstance(values, str) and values in FLOATS:
         model = model.to(getattr(torch, values))
+    elif values is not None:
+        coding = _coding(values)
     jobs = list(_packable(model))
     budget = min(COLD_BYTES, sum(packed.dense_nbytes for _, _, packed in jobs))
     measured: dict[Any, Verdict] = {}
     choices: list[LayerChoice] = []
     with bar(len(jobs), "pack", enabled=progress, unit="layer") as shown, torch.no_grad():
         for name, module, packed in jobs:
-            key = _signature(packed)
+            wanted = _as_integers(name, module, packed, coding)
+            key = _signature(wanted)
             if key not in measured:
-                measured[key] = verdict_of(packed, rows, budget, remeasure)
-            choice, new = _apply(name, module, packed, measured[key], rows)
+                measured[key] = verdict_of(wanted, rows, budget, remeasure)
+            # Rounded numbers are only for where integers run.
+            source = packed if measured[key].layout == "dense" else wanted
+            choice, new = _apply(name, module, source, measured[key], rows)
             choices.append(choice)
             if new is not module:
                 model = replace_module(model, name, new)
@@ -146,6 +154,29 @@ def _packable(model: nn.Module) -> Iterator[tuple[str, nn.Module, Packed]]:
             w = view.matrix()
             if w.dtype in (torch.bfloat16, torch.float16, torch.float32) and not w.is_meta:
                 yield name, module, pack_as(w.contiguous(), "dense")
+
+
+def _coding(values: str | Mapping[str, Any]) -> Coding | None:
+    known = [info.name for info in registry.values.members()]
+    name = values if isinstance(values, str) else values.get("name")
+    if name not in known:
+        raise PumiceError(
+            f"values={values!r} must be one of {', '.join([*FLOATS, *known])} (or None to keep the numbers)."
+        )
+    return registry.values.bind(values)()
+
+
+def _as_integers(name: str, module: nn.Module, packed: Packed, coding: Coding | None) -> Packed:
+    """The matrix with the integers that it was quantised to, or is to be now; as it is where there are none."""
+    w_OI = unpack_matrix(packed)
+    if coding is not None and not (coding.group and w_OI.shape[1] % coding.group):
+        grid = coding.grid(w_OI)
+        w_OI = grid.snap(w_OI)
+    else:
+        grid = None if isinstance(module, SparseModule) else kept(module_views(name, module))
+    if grid is None or not grid.fits(w_OI):
+        return packed
+    return pack_smallest(w_OI, None, grid)
 
 
 def _kept(model: nn.Module) -> list[LayerChoice]:
@@ -190,8 +221,7 @@ def _state(name: str, module: nn.Module, packed: Packed) -> LayerChoice:
 
 
 def _density(packed: Packed) -> float:
-    values = packed.tensors[packed.value_name]
-    return float((values != 0).sum()) / max(1, packed.shape[0] * packed.shape[1])
+    return float((packed.numbers != 0).sum()) / max(1, packed.shape[0] * packed.shape[1])
 
 
 def _signature(packed: Packed) -> Any:
@@ -222,9 +252,7 @@ def _apply(
         new = module.to_dense() if isinstance(module, SparseModule) else module
         stored = packed.dense_nbytes
     else:
-        target = packed
-        if (packed.layout, packed.params) != (verdict.layout, verdict.params):
-            target = pack_as(unpack_matrix(packed), verdict.layout, **verdict.params)
+        target = repack(packed, verdict.layout, **verdict.params)
         if isinstance(module, SparseLinear):
             new = module if target is packed else SparseLinear(target, module.bias, transposed=module.transposed)
         else:

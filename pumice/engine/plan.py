@@ -182,10 +182,15 @@ def _disk(model: nn.Module, views: list[WeightView], axes: Axes) -> int:
     family = pattern_family(axes.pattern)
     for view in views:
         o, i = view.shape_OI
-        size = view.tensor.element_size()
+        size: float = view.tensor.element_size()
+        if axes.coding is not None:
+            # Everything shrinks to its bits and its share of a scale of sixteen; then the zeros go.
+            total -= round(o * i * size)
+            size = axes.coding.bits / 8 + 2 / (axes.coding.group or i)
+            total += round(o * i * size)
         values = round(o * i * axes.density) * size
         mask = o * -(-i // 8)
         if family in ("block", "row", "column"):
             mask = min(mask, 4 * round(o * i * axes.density / 16) + 4 * o)
-        total -= max(0, o * i * size - values - mask)
+        total -= max(0, round(o * i * size) - values - mask)
     return total

@@ -26,6 +26,7 @@ from pumice.engine.writer import Writer
 from pumice.prune.axes import Axes
 from pumice.prune.run import LayerResult, Pruner, PruneResult
 from pumice.recipe import Recipe, find, resolve
+from pumice.weights.grid import forget
 from pumice.weights.patterns.base import Pattern
 
 RUN_DEFAULTS = {"seed": 0, "samples": 64, "seqlen": 1024, "data": None, "compute": "auto"}
@@ -46,6 +47,7 @@ def prune(
     recover: Any = None,
     allocation: Any = None,
     goal: Any = None,
+    values: Any = None,
     sequential: bool | None = None,
     tokenizer: Any = None,
     samples: int | None = None,
@@ -72,7 +74,7 @@ def prune(
         data: calibration data: text file, Hugging Face dataset, token ids, batches or a DataLoader; None takes a text
             that every Python has.
         targets, ignore: patterns of layer names to prune, to leave dense.
-        score, recover, allocation, goal: names, or `{"name": …, option: …}`.
+        score, recover, allocation, goal, values: names, or `{"name": …, option: …}`.
         sequential: inside a block too, calibrate each layer on what the pruned ones before it give (slower).
         samples, seqlen: calibration windows (64) and their length in tokens (1024, or the model's context).
         compute: "float32", or "bfloat16" matrix products while calibrating; "auto" (the default) takes bfloat16 for
@@ -98,6 +100,7 @@ def prune(
             recover=recover,
             allocation=allocation,
             goal=goal,
+            values=values,
             sequential=sequential,
             pattern=pattern,
             density=density,
@@ -140,6 +143,7 @@ def plan_prune(
     recover: Any = None,
     allocation: Any = None,
     goal: Any = None,
+    values: Any = None,
     sequential: bool | None = None,
     samples: int = 64,
     seqlen: int = 1024,
@@ -158,6 +162,7 @@ def plan_prune(
             recover=recover,
             allocation=allocation,
             goal=goal,
+            values=values,
             sequential=sequential,
             pattern=pattern,
             density=density,
@@ -263,6 +268,8 @@ class _Job:
         def finished(unit: Unit, rows: list[LayerResult]) -> None:
             results[unit.name] = [asdict(row) for row in rows]
             writer.add_module(unit.name, unit.module)
+            if not isinstance(source, InMemory):
+                forget(unit.module)
             writer.commit(fingerprint=self.fingerprint, results=results, densities=pruner.densities)
 
         before = writer.progress.get("densities")

@@ -22,6 +22,7 @@ from pumice.engine.plan import compute_dtype
 from pumice.engine.store import save
 from pumice.prune.repair.base import Clock, Job
 from pumice.prune.run import peak_memory_bytes
+from pumice.weights.grid import keep, kept, zeros_of
 from pumice.weights.modules import densify
 
 Spec = str | Mapping[str, Any]
@@ -202,13 +203,14 @@ class _Session:
             progress=self.progress,
         )
         zeros = sum(int((view.matrix() == 0).sum()) for view in self.views)
+        fixed = {view.name: zeros_of(view) for view in self.views}
         try:
             steps = self._steps(job, minutes)
         finally:
             for name, tensor in self._floats():
                 tensor.data = tensor.data.to(dtypes[name])
         total = sum(view.numel for view in self.views)
-        if sum(int((view.matrix() == 0).sum()) for view in self.views) < zeros:
+        if any(bool((view.matrix()[fixed[view.name]] != 0).any()) for view in self.views):
             raise RuntimeError("a repair has changed the mask: report this")
         after = steps[-1].after if steps[-1].kept else steps[-1].before
         return RepairResult(steps[0].before, after, 1 - zeros / total, steps, 0.0, peak_memory_bytes(), job.notes)
@@ -224,14 +226,18 @@ class _Session:
             left = None if minutes is None else max(minutes * (1 - whole.used), 0.01)
             job.clock = Clock(method.info.extras["minutes"] if left is None else left)
             saved = {name: tensor.detach().clone() for name, tensor in self._floats()}
+            grids = {view.name: kept([view]) for view in self.views}
             facts = self._guarded(method, job, saved)
             after = job.held_out_loss(self.model)
             kept = after < before
             if not kept:
                 self._restore(saved)
+                for view in self.views:
+                    keep(view, grids[view.name])
                 job.notes.append(
                     f"{method.name}: the held-out loss would go from {before:.4f} to {after:.4f}, so that it was undone"
                 )
+            self._leave_grids(method.name, job)
             steps.append(RepairStep(method.describe(), before, after, kept, job.clock.seconds, facts))
             before = after if kept else before
             if minutes is not None and whole.used >= 1 and index + 1 < len(self.methods):
@@ -239,6 +245,17 @@ class _Session:
                 job.notes.append(f"the time was up before {skipped}; give more minutes")
                 break
         return steps
+
+    def _leave_grids(self, name: str, job: Job) -> None:
+        """Layers of integers whose weights a repair moved are floating point from now on, and the user is told."""
+        moved = [view for view in self.views if (grid := kept([view])) is not None and not grid.fits(view.matrix())]
+        for view in moved:
+            keep(view, None)
+        if moved:
+            job.notes.append(
+                f"{name}: {len(moved)} layers were integers and no longer are; quantise after this repair, or repair "
+                "integers with bqpo and oqp"
+            )
 
     def _guarded(self, method: Bound, job: Job, saved: dict[str, Tensor]) -> dict[str, Any]:
         """Run one repair; an error or an interruption leaves the model as it was."""

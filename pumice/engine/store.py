@@ -219,8 +219,7 @@ def take_packed(tensors: dict[str, Tensor], key: str, entry: Mapping[str, Any], 
         full = join(key, name)
         if full not in tensors:
             raise PumiceError(f"checkpoint {where} lacks tensor {full!r}: copy or download it again.")
-        packed.tensors[name] = tensors.pop(full)
-    packed.dtype = packed.tensors[packed.value_name].dtype
+    packed.fill({name: tensors.pop(join(key, name)) for name in packed.tensors})
     validate(packed, key or "the weight")
     return packed
 

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 from pumice.core.errors import PumiceError
 from pumice.core.view import module_views
 from pumice.engine.files import check_file, check_free, fact_of, move_into_place, sync, sync_folder, write_safetensors
-from pumice.weights.layouts.base import Packed, StorageHint, pack_smallest, shape_of, shape_text, unpack
+from pumice.weights.grid import Grid, kept
+from pumice.weights.layouts.base import Packed, StorageHint, grid_of, pack_smallest, shape_of, shape_text, unpack
 from pumice.weights.modules import SparseConv2d, SparseModule, sparse_twin
 from pumice.weights.wrapped import Wrapper
 
@@ -46,6 +48,8 @@ class Weight:
     w_OI: Tensor
     shape: tuple[int, ...]
     transposed: bool
+    grid: Grid | None = None
+    """What its values are multiples of, where it was quantised."""
 
     def describe(self, packed: Packed) -> dict[str, Any]:
         """Its entry under `layers` in config.json."""
@@ -67,12 +71,14 @@ def weights_of(name: str, module: nn.Module) -> Iterator[Weight]:
         shape = (i, o) if transposed else (o, i)
         if isinstance(module, SparseConv2d):
             shape = (o, i // (module.kernel_size[0] * module.kernel_size[1]), *module.kernel_size)
-        yield Weight(name, kind, join(name, "weight"), unpack(module.packed).detach(), shape, transposed)
+        packed = module.packed
+        yield Weight(name, kind, join(name, "weight"), unpack(packed).detach(), shape, transposed, grid_of(packed))
         return
     twin = sparse_twin(module)
     kind = "tensor" if twin is None else twin.kind
     for parameter in dict.fromkeys(view.parameter for view in module_views(name, module)):
-        view = next(view for view in module_views(name, module) if view.parameter == parameter)
+        views = [view for view in module_views(name, module) if view.parameter == parameter]
+        view = views[0]
         tensor = view.tensor.detach()
         if tensor.dtype not in _PACKABLE:
             continue
@@ -81,7 +87,13 @@ def weights_of(name: str, module: nn.Module) -> Iterator[Weight]:
             w_OI = tensor.transpose(-1, -2).reshape(-1, tensor.shape[-2])
         else:
             w_OI = tensor.flatten(0, 1) if view.expert is not None else tensor.flatten(1)
-        yield Weight(name if twin else full, kind, full, w_OI, tuple(tensor.shape), view.transposed)
+        grid = kept(views)
+        if grid is not None and not grid.fits(w_OI):
+            warnings.warn(
+                f"{full} was quantised and has changed since: it is stored without its grid, unquantised.", stacklevel=2
+            )
+            grid = None
+        yield Weight(name if twin else full, kind, full, w_OI, tuple(tensor.shape), view.transposed, grid)
 
 
 def restore(w_OI: Tensor, shape: Sequence[int], transposed: bool) -> Tensor:
@@ -217,7 +229,7 @@ class Writer:
                 plain = {key: tensor for key, tensor in plain.items() if key == join(name, "bias")}
             elif weight.parameter in kept_dense:
                 continue
-            packed = pack_smallest(weight.w_OI, self.hint) if not self.dense else None
+            packed = pack_smallest(weight.w_OI, self.hint, weight.grid).narrow() if not self.dense else None
             if packed is None or packed.layout == "dense":
                 plain[weight.parameter] = restore(weight.w_OI, weight.shape, weight.transposed)
                 continue

@@ -1,4 +1,4 @@
-"""Backends that run the C++ kernels of `kernels/cpu/`: bitmask and block layouts, few rows and many.
+"""Backends that run the C++ kernels of `kernels/cpu/`: numbers and integers in several layouts, few rows and many.
 
 Few rows ("decode") are bound by memory: the stored weights stream once through the registers, where they are expanded
 and multiplied. Many rows ("panel") are bound by arithmetic: some output rows at a time are expanded into a buffer that
@@ -33,7 +33,10 @@ native: Any = _loaded
 if TYPE_CHECKING:
     from pumice.weights.layouts.base import Packed
 
-DECODE_ROWS = {"bitmask": 16, "block": 64}  # skipping whole blocks saves arithmetic too, so it pays for longer
+CODED = ("int8", "int8-bitmask", "int4", "int4-bitmask")
+# Skipping whole blocks saves arithmetic too, so it pays for longer.
+DECODE_ROWS = {"bitmask": 16, "block": 64, **dict.fromkeys(CODED, 16)}
+DECODE_GROUPS = (16, 32)
 PANEL_BYTES = 4 << 20
 CODES = {torch.bfloat16: 0, torch.float32: 1, torch.float16: 2}
 PRODUCTS = (torch.bfloat16, torch.float32)
@@ -120,8 +123,11 @@ class Plan:
         bias_O = None if bias is None else bias.detach().to(torch.float32).contiguous()
         self.keep: list[Tensor | None] = [*stored.values(), bias_O]
         common = (0 if bias_O is None else bias_O.data_ptr(), *packed.shape)
-        values = stored["values"]
         try:
+            if packed.layout in CODED:
+                self.handle = self._coded(packed, stored, common)
+                return
+            values = stored["values"]
             if packed.layout == "bitmask":
                 starts = stored.get(STARTS)
                 if starts is None:
@@ -142,6 +148,22 @@ class Plan:
                 self.handle = native.plan_block(*head, *common, *size, CODES[packed.dtype])
         except ValueError as error:
             raise PumiceError(f"layout={packed.layout!r} of shape {packed.shape} is damaged: {error}.") from None
+
+    def _coded(self, packed: Packed, stored: dict[str, Tensor], common: tuple[int, int, int]) -> Any:
+        """The handle of integers with scales."""
+        group = packed.params.get("group", 0)
+        numbers = next(stored[name] for name in ("codes", "values") if name in stored)
+        scales, zeros, mask = stored["scales"].to(packed.dtype), stored.get("zeros"), stored.get("bitmask")
+        starts = None
+        if mask is not None:
+            starts = stored.get(STARTS)
+            starts = row_starts(mask, packed.shape[1] // (group or 1)) if starts is None else starts
+        count = numbers.shape[0] if group else numbers.numel()
+        self.keep += [scales, starts]
+        if scales.numel() != (count if group else packed.shape[0]):
+            raise ValueError(f"{scales.numel()} scales are stored")
+        where = [0 if tensor is None else tensor.data_ptr() for tensor in (mask, starts, scales, zeros)]
+        return native.plan_coded(numbers.data_ptr(), count, *where, *common, group, CODES[packed.dtype])
 
 
 def _misfit(x_RI: Tensor, plan: Plan) -> PumiceError:
@@ -211,11 +233,15 @@ def panel(plan: Plan, bias: Tensor | None, granule: int = 1) -> Run:
 
 def _refuse_decode(call: Call) -> str | None:
     reason = limits(call, devices=("cpu",), dtypes=PRODUCTS, max_rows=DECODE_ROWS[call.layout], instead="panel")
+    group = call.params.get("group", DECODE_GROUPS[0])
+    if reason is None and group not in DECODE_GROUPS:
+        return f"groups of {group} have no kernel for few rows (16 and 32 only)"
     return reason or missing()
 
 
 def _refuse_panel(call: Call) -> str | None:
-    return limits(call, devices=("cpu",), dtypes=tuple(CODES)) or missing()
+    dtypes = PRODUCTS if call.layout in CODED else tuple(CODES)
+    return limits(call, devices=("cpu",), dtypes=dtypes) or missing()
 
 
 def _prepare_decode(packed: Packed, bias: Tensor | None) -> Run:
@@ -226,7 +252,7 @@ def _prepare_panel(packed: Packed, bias: Tensor | None) -> Run:
     return panel(Plan(packed, None), bias, packed.params.get("r", 1))
 
 
-for _layout in ("bitmask", "block"):
+for _layout in ("bitmask", "block", *CODED):
     register(
         Backend(
             "decode", "linear", _layout, _refuse_decode, _prepare_decode, 30, "C++: weights streamed once, few rows"

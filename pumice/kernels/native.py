@@ -19,8 +19,6 @@ from pumice.core.dispatch import Backend, Call, Run, limits, register
 if TYPE_CHECKING:
     from pumice.weights.layouts.base import Packed
 
-LAYOUTS = ("bitmask", "nm", "block", "csr")
-
 
 def _bias(packed: Packed, bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.detach().to(packed.dtype)
@@ -114,9 +112,17 @@ register(
     )
 )
 register(Backend("mkl", "linear", "csr", _refuse_csr, _prepare_csr, 20, "MKL's sparse CSR product"))
-for _layout in LAYOUTS:
+for _info in registry.layout.members():
+    if _info.name == "dense":
+        continue
     register(
         Backend(
-            "unpack", "linear", _layout, _anything, _prepare_unpack, 0, "unpacks to dense at every call, then F.linear"
+            "unpack",
+            "linear",
+            _info.name,
+            _anything,
+            _prepare_unpack,
+            0,
+            "unpacks to dense at every call, then F.linear",
         )
     )

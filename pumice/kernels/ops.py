@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pumice.core import dispatch
 from pumice.kernels import cpu_backend, reference
+from pumice.kernels.coded_ops import traced_coded
 from pumice.weights.layouts.base import Packed
 
 # Of each layout: the tensors beside `values` that say where they stand, and its parameters, in the operators' order.
@@ -257,6 +258,8 @@ def traced_linear(packed: Packed, bias: Tensor | None, x: Tensor) -> Tensor:
     """`y = x W^T + bias` by the operator of the layout: x [R, I] to [R, O], with gradients to x, values and bias."""
     if packed.layout == "dense":
         return F.linear(x, packed.tensors["weight"], bias)
+    if packed.layout not in TRACED:
+        return traced_coded(packed, bias, x)
     return TRACED[packed.layout](packed, bias, x)
 
 

@@ -1,4 +1,4 @@
-"""A pruning method is a choice on five axes: score, recovery, allocation, goal, pattern; here they are put together."""
+"""A pruning method is a choice on six axes: score, recovery, allocation, goal, values, pattern; here they are put together."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pumice.core.errors import PumiceError
 from pumice.core.registry import Bound
 from pumice.core.stats import MADE_STATS, split_needs
 from pumice.core.view import DEFAULT_IGNORE, WeightView
+from pumice.weights.grid import Coding
 from pumice.weights.patterns.base import Pattern, parse
 
 Spec = str | Mapping[str, Any]
@@ -29,6 +30,7 @@ class Axes:
     recover: Bound
     allocation: Bound
     goal: Bound
+    values: Bound
     pattern: Pattern
     density: float
     targets: tuple[str, ...] | None = None
@@ -48,6 +50,7 @@ class Axes:
         recover: Spec = "none",
         allocation: Spec | None = None,
         goal: Spec = "layer",
+        values: Spec = "none",
         targets: Sequence[str] | None = None,
         ignore: Sequence[str] = DEFAULT_IGNORE,
         sequential: bool = False,
@@ -75,6 +78,7 @@ class Axes:
             registry.recovery.bind(recover),
             share,
             registry.goal.bind(goal),
+            registry.values.bind(values),
             legal,
             legal.density(density if own is None else own(density, share.values)),
             (targets,) if isinstance(targets, str) else None if targets is None else tuple(targets),
@@ -139,6 +143,13 @@ class Axes:
         for view in views:
             o, i = view.shape_OI
             self.fitted(view).check_shape(view.module_name, o, i, self.density)
+            if self.coding is not None:
+                self.coding.check(view.module_name, i)
+
+    @property
+    def coding(self) -> Coding | None:
+        """How the kept weights are rounded; None leaves them in floating point."""
+        return self.values()
 
     def fitted(self, view: WeightView) -> Pattern:
         """The pattern as it lies on one layer: a channel of a convolution is as wide as its kernel."""
@@ -154,6 +165,7 @@ class Axes:
             "recover": self.recover.describe(),
             "allocation": self.allocation.describe(),
             "goal": self.goal.describe(),
+            "values": self.values.describe(),
             "pattern": self.pattern.text,
             "density": self.density,
             "targets": list(self.targets) if self.targets is not None else None,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pumice.weights.grid import Coding, Grid
 from pumice.weights.patterns.base import Pattern
 
 Score = Callable[[Tensor], Tensor]
@@ -21,6 +22,10 @@ class Selector:
     pattern: Pattern
     density: float
     notes: list[str] = field(default_factory=list)
+    coding: Coding | None = None
+    """What the kept weights are to be rounded to; a recovery that `rounds` does it as it goes."""
+    grids: list[Grid] = field(default_factory=list)
+    """The grids of what was rounded, one for each group of a convolution."""
 
     @property
     def group_columns(self) -> int | None:

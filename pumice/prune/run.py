@@ -25,6 +25,7 @@ from pumice.prune.allocate.cost import stored_bytes
 from pumice.prune.axes import Axes
 from pumice.prune.dense import CostMaker, DenseModel
 from pumice.prune.layer import Given, Selector
+from pumice.weights.grid import Grid, keep, stacked
 
 
 @dataclass
@@ -278,9 +279,9 @@ class Pruner:
     def _prune_view(self, view: WeightView, unit: Unit, stats: dict[str, Tensor] | None) -> LayerResult:
         start = time.perf_counter()
         axes, w = self.axes, view.read()
-        selector = Selector(axes.fitted(view), self.densities[view.name])
+        selector = Selector(axes.fitted(view), self.densities[view.name], coding=axes.coding)
         if view.name in self.masks:
-            selector = Given(selector.pattern, selector.density, mask=self.masks[view.name])
+            selector = Given(selector.pattern, selector.density, coding=axes.coding, mask=self.masks[view.name])
         score, recover, method = axes.score, axes.recover, axes.name
         if stats is None and self.layer_needs - {"input"}:
             score, recover, method = registry.scorer.bind("magnitude"), registry.recovery.bind("none"), "magnitude"
@@ -296,7 +297,9 @@ class Pruner:
             raise PumiceError(
                 f"recovery {recover.name!r} broke pattern {axes.pattern.text!r} on {view.name}: report this."
             )
+        new, grid = _rounded(new, selector, stats or {})
         view.write(new)
+        keep(view, grid)
         error = None if sample is None else _output_error(sample, w, new, view.groups)
         weight_error = float((w - new).norm() / w.norm().clamp(min=1e-30))
         o, i = view.shape_OI
@@ -335,10 +338,26 @@ class Pruner:
             own.update({name: value[part] for name, value in whole.items()})
             chosen = selector
             if mask is not None:
-                chosen = Given(selector.pattern, selector.density, selector.notes, mask[part])
+                chosen = Given(
+                    selector.pattern, selector.density, selector.notes, selector.coding, selector.grids, mask[part]
+                )
             itself = local and self.axes.selects_itself and score is self.axes.score
             parts.append(recover(w[part], own, None if itself else partial(_scores, score, stats=own), chosen))
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def _rounded(w: Tensor, selector: Selector, stats: Stats) -> tuple[Tensor, Grid | None]:
+    """The layer on its grid and that grid: the recovery's own, else to the nearest after it; None for no integers."""
+    if selector.coding is None:
+        return w, None
+    if selector.grids:
+        return w, stacked(selector.grids)
+    worth = stats.get("input_sqnorm")
+    if worth is None and "hessian" in stats:
+        worth = torch.diagonal(stats["hessian"], dim1=-2, dim2=-1)
+    # Rows of several groups of a convolution read different inputs.
+    grid = selector.coding.grid(w, worth[0] if worth is not None and worth.shape[0] == 1 else None)
+    return grid.snap(w), grid
 
 
 def _goal(goal: Bound, view: WeightView, w: Tensor, stats: Stats) -> Tensor:

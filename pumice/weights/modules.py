@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from pumice.core.errors import PumiceError
-from pumice.weights.layouts.base import Packed
+from pumice.core.view import WeightView
+from pumice.weights.grid import keep
+from pumice.weights.layouts.base import Packed, grid_of
 from pumice.weights.sparse_module import SparseModule
 from pumice.weights.wrapped import Wrapper
 
@@ -226,4 +228,7 @@ def _fill(module: nn.Module, sparse: SparseModule) -> nn.Module:
     with torch.no_grad():
         module.weight = nn.Parameter(sparse.dense_weight().detach().clone(memory_format=torch.contiguous_format))
     module.bias = sparse.bias
+    grid = grid_of(sparse.packed)
+    if grid is not None:
+        keep(WeightView("weight", "", module), grid)
     return module.train(sparse.training)

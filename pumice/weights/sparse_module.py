@@ -56,6 +56,8 @@ class SparseModule(nn.Module):
         super().__init__()
         # Under torch.compile discovery would be traced, so it happens before.
         dispatch.discover()
+        # Scales may be stored in fewer bits than the layer computes in; a module's tensors have one dtype.
+        packed = packed.astype(packed.dtype)
         self.layout = packed.layout
         self.shape_OI = packed.shape
         self.params = dict(packed.params)

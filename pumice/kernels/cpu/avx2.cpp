@@ -11,6 +11,7 @@
 #endif
 
 #include "driver.h"
+#include "coded.h"
 
 namespace pumice {
 namespace {
@@ -159,12 +160,19 @@ struct Avx2 {
   }
 };
 
+struct Coded : PlainCoded {
+  template <class T>
+  using X4 = float;
+};
+
 const Kernels table = {"avx2",
                        false,
                        {bitmask_product<Avx2, BF16>, bitmask_product<Avx2, float>},
                        {block_product<Avx2, BF16>, block_product<Avx2, float>},
                        expand_rows<Avx2, uint16_t>,
-                       expand_rows<Avx2, uint32_t>};
+                       expand_rows<Avx2, uint32_t>,
+                       {coded_product<Coded, BF16>, coded_product<Coded, float>},
+                       {coded_expand<BF16>, coded_expand<float>}};
 
 }  // namespace
 

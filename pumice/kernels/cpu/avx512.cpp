@@ -12,6 +12,8 @@
 
 #include "driver.h"
 #include "avx512_fp32.h"
+#include "coded.h"
+#include "avx512_coded.h"
 
 namespace pumice {
 namespace {
@@ -41,7 +43,9 @@ const Kernels table = {"avx512",
                        {bitmask_product<Avx512, BF16>, bitmask_product<Avx512, float>},
                        {block_product<Avx512, BF16>, block_product<Avx512, float>},
                        expand_rows<Avx512, uint16_t>,
-                       expand_rows<Avx512, uint32_t>};
+                       expand_rows<Avx512, uint32_t>,
+                       {coded_product<CodedFp32, BF16>, coded_product<CodedFp32, float>},
+                       {coded_expand<BF16>, coded_expand<float>}};
 
 }  // namespace
 

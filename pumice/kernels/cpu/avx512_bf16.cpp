@@ -15,6 +15,8 @@
 
 #include "driver.h"
 #include "avx512_fp32.h"
+#include "coded.h"
+#include "avx512_coded.h"
 
 namespace pumice {
 namespace {
@@ -151,12 +153,155 @@ struct Expansion {
   }
 };
 
+// Four bits by looking their levels up as bf16 (vpermw), 64 at a time, multiplied in pairs and then scaled by group.
+struct CodedBf16 : CodedFp32 {
+  template <class T>
+  using X4 = BF16;
+
+  // Which groups of a row are stored, as their numbers; the list is filled up to a multiple of 4 by its last entry.
+  static int64_t list(const Matrix& w, int64_t o, int64_t groups, uint16_t* out) {
+    const uint8_t* mask = w.mask + o * ((groups + 7) / 8);
+    __m512i number = _mm512_load_si512(kNumbersFrom0);
+    int64_t n = 0;
+    for (int64_t j = 0; 64 * j < groups; ++j) {
+      const uint64_t word = mask_word(mask, j, groups);
+      for (int part = 0; part < 2; ++part) {
+        const uint32_t bits = (uint32_t)(word >> (32 * part));
+        _mm512_storeu_si512(out + n, _mm512_maskz_compress_epi16(bits, number));
+        n += _mm_popcnt_u32(bits);
+        number = _mm512_add_epi16(number, _mm512_set1_epi16(32));
+      }
+    }
+    for (int k = 0; n && k < 3; ++k) out[n + k] = out[n - 1];
+    return n;
+  }
+
+  alignas(64) static constexpr uint16_t kNumbersFrom0[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10,
+                                                             11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
+                                                             22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+
+  // bf16 of a level by the low five bits of its index: code - 8 whatever the fifth bit is, or index as a signed number.
+  struct Levels {
+    alignas(64) uint16_t plain[32], signs[32];
+    constexpr Levels() : plain(), signs() {
+      for (int i = 0; i < 32; ++i) plain[i] = bits((i & 15) - 8), signs[i] = bits(i < 16 ? i : i - 32);
+    }
+    static constexpr uint16_t bits(int v) {
+      if (v == 0) return 0;
+      int m = v < 0 ? -v : v, e = 0;
+      while ((m >> e) > 1) ++e;
+      return (uint16_t)((v < 0 ? 0x8000 : 0) | ((127 + e) << 7) | ((m << (7 - e)) & 127));
+    }
+  };
+
+  // C columns to a group, P = 64 / C groups to a step; `count` of them are there.
+  template <int C, int N, bool kWhole>
+  static inline void step(const Matrix& w, int64_t at, int count, const uint16_t* list, const BF16* x, int64_t stride,
+                          __m512* acc) {
+    static constexpr Levels levels;
+    constexpr int P = 64 / C;
+    const uint8_t* codes = (const uint8_t*)w.values + at * (C / 2);
+    const uint16_t* scales = (const uint16_t*)w.scales + at;
+    __m256i bytes;
+    __m128i packed;
+    if constexpr (kWhole) {
+      bytes = _mm256_loadu_si256((const __m256i*)codes);
+      packed = P == 4 ? _mm_loadl_epi64((const __m128i*)scales) : _mm_loadu_si32(scales);
+    } else {
+      bytes = _mm256_maskz_loadu_epi8((__mmask32)((1ull << (count * C / 2)) - 1), codes);
+      packed = _mm_maskz_loadu_epi16((__mmask8)((1u << count) - 1), scales);
+    }
+    const __m512i order = _mm512_load_si512(C == 16 ? kByFour : kByEight);
+    const __m512 scale = _mm512_castsi512_ps(
+        _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, order, _mm512_castsi128_si512(packed)));
+    __m512i low = _mm512_cvtepu8_epi16(bytes), high = _mm512_srli_epi16(low, 4);
+    __m512i table = _mm512_load_si512(levels.plain);
+    if (w.zeros) {
+      table = _mm512_load_si512(levels.signs);
+      alignas(16) uint16_t z[8] = {};
+      for (int k = 0; k < (kWhole ? P : count); ++k) z[k] = (uint16_t)zero_of(w, at + k);
+      const __m512i zero =
+          _mm512_permutexvar_epi16(order, _mm512_castsi128_si512(_mm_load_si128((const __m128i*)z)));
+      low = _mm512_sub_epi16(_mm512_and_si512(low, _mm512_set1_epi16(15)), zero);
+      high = _mm512_sub_epi16(high, zero);
+    }
+    const __m512bh first = pairs(_mm512_permutexvar_epi16(low, table));
+    const __m512bh second = pairs(_mm512_permutexvar_epi16(high, table));
+    PUMICE_UNROLL
+    for (int n = 0; n < N; ++n) {
+      const BF16* xs = x + n * stride;
+      __m512i a, b;
+      if (!list) {
+        a = _mm512_loadu_si512(xs), b = _mm512_loadu_si512(xs + 32);
+      } else if (C == 32) {
+        a = _mm512_loadu_si512(xs + C * list[0]), b = _mm512_loadu_si512(xs + C * list[1]);
+      } else {
+        a = two(xs + C * list[0], xs + C * list[1]), b = two(xs + C * list[2], xs + C * list[3]);
+      }
+      const __m512i lows = C == 16 ? _mm512_shuffle_i64x2(a, b, 0x88) : _mm512_shuffle_i64x2(a, b, 0x44);
+      const __m512i highs = C == 16 ? _mm512_shuffle_i64x2(a, b, 0xdd) : _mm512_shuffle_i64x2(a, b, 0xee);
+      __m512 sum = _mm512_dpbf16_ps(_mm512_setzero_ps(), first, pairs(lows));
+      sum = _mm512_dpbf16_ps(sum, second, pairs(highs));
+      acc[n] = _mm512_fmadd_ps(sum, scale, acc[n]);
+    }
+  }
+
+  static inline __m512i two(const BF16* a, const BF16* b) {
+    const __m512i lower = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)a));
+    return _mm512_inserti64x4(lower, _mm256_loadu_si256((const __m256i*)b), 1);
+  }
+
+  // For each word of a vector the group that it belongs to.
+  alignas(64) static constexpr uint16_t kByFour[32] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1,
+                                                       2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3};
+  alignas(64) static constexpr uint16_t kByEight[32] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+                                                        1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+
+  template <int C, int N>
+  static void groups_of(const Matrix& w, int64_t o, const BF16* x, int64_t stride, void* scratch, float* sums) {
+    constexpr int P = 64 / C;
+    const int64_t groups = w.I / C, at = stored_before(w, o);
+    const uint16_t* numbers = w.mask ? (const uint16_t*)scratch : nullptr;
+    const int64_t n = w.mask ? list(w, o, groups, (uint16_t*)scratch) : groups;
+    __m512 acc[2][N];
+    PUMICE_UNROLL
+    for (int k = 0; k < N; ++k) acc[0][k] = acc[1][k] = _mm512_setzero_ps();
+    int64_t i = 0;
+    for (; i + 2 * P <= n; i += 2 * P) {
+      _mm_prefetch((const char*)w.values + (at + i) * (C / 2) + kAhead, _MM_HINT_T0);
+      if (numbers) {
+        step<C, N, true>(w, at + i, P, numbers + i, x, stride, acc[0]);
+        step<C, N, true>(w, at + i + P, P, numbers + i + P, x, stride, acc[1]);
+      } else {
+        step<C, N, true>(w, at + i, P, nullptr, x + C * i, stride, acc[0]);
+        step<C, N, true>(w, at + i + P, P, nullptr, x + C * (i + P), stride, acc[1]);
+      }
+    }
+    for (; i < n; i += P) {
+      const int count = (int)(n - i < P ? n - i : P);
+      step<C, N, false>(w, at + i, count, numbers ? numbers + i : nullptr, x + (numbers ? 0 : C * i), stride, acc[0]);
+    }
+    PUMICE_UNROLL
+    for (int k = 0; k < N; ++k) sums[k] = _mm512_reduce_add_ps(_mm512_add_ps(acc[0][k], acc[1][k]));
+  }
+
+  template <class T, int N>
+  static void dot4(const Matrix& w, int64_t o, const BF16* x, int64_t stride, void* scratch, float* sums) {
+    if (w.group == 16)
+      groups_of<16, N>(w, o, x, stride, scratch, sums);
+    else
+      groups_of<32, N>(w, o, x, stride, scratch, sums);
+  }
+};
+
 const Kernels table = {"avx512_bf16",
                        true,
                        {bitmask_product<Bf16Sums, BF16>, bitmask_product<Fp32Sums, float>},
                        {block_product<Bf16Sums, BF16>, block_product<Fp32Sums, float>},
                        expand_rows<Expansion, uint16_t>,
-                       expand_rows<Expansion, uint32_t>};
+                       expand_rows<Expansion, uint32_t>,
+                       {coded_product<CodedBf16, BF16>, coded_product<CodedFp32, float>},
+                       {coded_expand<BF16>, coded_expand<float>}};
 
 }  // namespace
 

@@ -20,6 +20,7 @@
 namespace pumice {
 
 enum Dtype { kBF16 = 0, kF32 = 1, kF16 = 2 };
+enum Coding { kNumbers = 0, kInt8 = 1, kInt4 = 2 };
 
 // One stored matrix of O outputs and I inputs; either `mask` (layout bitmask) or `columns` (layout block) is set.
 struct Matrix {
@@ -33,6 +34,11 @@ struct Matrix {
   const int32_t* columns;     // [blocks] block column of each block
   const int32_t* block_starts;  // [O / r + 1]
   int64_t r, c;               // size of a block
+  int coding;                 // kInt8: `values` are int8 with a scale a row. kInt4: bytes of two codes, a scale a group of
+                              // `group` columns; `mask` then has a bit a group, and `starts` counts groups
+  const void* scales;         // of the matrix's dtype
+  const uint8_t* zeros;       // zero points of the groups, four bits each, or null for 8
+  int64_t group;
 };
 
 // x as a kernel reads it: R rows, `stride` elements apart, zero beyond I up to a multiple of 64.
@@ -52,6 +58,8 @@ struct Kernels {
   bool bf16_input;            // products of bf16 read x as bf16; else x was widened to fp32
   Product bitmask[2], block[2];  // by dtype: bf16, fp32
   Expand expand16, expand32;
+  Product coded[2];           // by dtype of the scales
+  Expand coded_expand[2];
 };
 
 // Each is null where this build has no such code.

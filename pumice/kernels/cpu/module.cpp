@@ -45,6 +45,9 @@ int element_size(int dtype) { return dtype == kF32 ? 4 : 2; }
 
 // Bytes of weights that rows 0 … o take to read: what the rows are shared out by.
 int64_t work_before(const Matrix& w, int64_t o) {
+  if (w.coding == kInt8) return (w.starts ? w.starts[o] : o * w.I) + o * 16;
+  if (w.coding == kInt4)
+    return (w.starts ? w.starts[o] : o * (w.I / w.group)) * (w.group / 2 + element_size(w.dtype)) + o * 16;
   if (w.columns) return w.block_starts[o] * w.r * w.c * element_size(w.dtype) + o * 16;
   return w.starts[o] * element_size(w.dtype) + o * ((w.I + 7) / 8) + o * 16;
 }
@@ -106,9 +109,11 @@ void run_piece(Job& job, int64_t begin, int64_t end) {
     job.out_of_memory = true;
     return;
   }
+  if (w.coding != kNumbers && !job.expand) return job.kernels->coded[w.dtype](w, begin, end, job.x, job.y, spare);
   if (!job.expand)
     return (w.columns ? job.kernels->block : job.kernels->bitmask)[w.dtype](w, begin, end, job.x, job.y, spare);
   char* out = (char*)job.y + (begin - job.begin) * w.I * element_size(w.dtype);
+  if (w.coding != kNumbers) return job.kernels->coded_expand[w.dtype](w, begin, end, out, spare);
   if (w.columns) return expand_blocks(w, begin, end, out);
   (w.dtype == kF32 ? job.kernels->expand32 : job.kernels->expand16)(w, begin, end, out, spare);
 }
@@ -139,7 +144,7 @@ bool run_job(Job& job, int64_t work, int64_t threads) {
 
 // x as the kernels read it: as it is where they can, else copied, widened to fp32 if they need that, zero-padded.
 bool input_of(const Matrix& w, const Kernels& kernels, const void* x, int64_t rows, Input* out) {
-  const bool keep = w.dtype == kF32 || kernels.bf16_input;
+  const bool keep = w.dtype == kF32 || (kernels.bf16_input && w.coding != kInt8);
   const int64_t padded = (w.I + 63) / 64 * 64, size = keep ? element_size(w.dtype) : 4;
   *out = {x, w.I, rows};
   if (keep && padded == w.I) return true;
@@ -232,6 +237,30 @@ PyObject* plan_block(PyObject*, PyObject* const* args, Py_ssize_t count) {
   for (int64_t b = 0; fits && b < v[1]; ++b) fits = w.columns[b] >= 0 && w.columns[b] < w.I / w.c;
   if (!fits) {
     PyErr_SetString(PyExc_ValueError, "columns or row_starts point outside of the matrix");
+    return nullptr;
+  }
+  return plan_of(w);
+}
+
+// plan_coded(values, stored, mask or 0, row_starts or 0, scales, zeros or 0, bias or 0, O, I, group or 0, dtype) -> plan
+// of int8 with a scale a row (group 0), or of four bits with a scale a group; `stored` numbers or groups.
+PyObject* plan_coded(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long v[11];
+  if (!integers(args, count, 11, v)) return nullptr;
+  Matrix w = {};
+  w.values = address<void>(v[0]), w.count = v[1], w.mask = address<uint8_t>(v[2]), w.starts = address<int64_t>(v[3]);
+  w.scales = address<void>(v[4]), w.zeros = address<uint8_t>(v[5]), w.bias = address<float>(v[6]);
+  w.O = v[7], w.I = v[8], w.group = v[9], w.dtype = (int)v[10], w.coding = w.group ? kInt4 : kInt8;
+  if (w.dtype > kF32 || w.group < 0 || w.group % 16 || (w.group && w.I % w.group)) {
+    PyErr_SetString(PyExc_ValueError, "the groups do not fit the matrix");
+    return nullptr;
+  }
+  const int64_t most = w.group ? w.I / w.group : w.I;
+  bool fits = w.starts ? w.mask && w.starts[0] == 0 && w.starts[w.O] == w.count : w.count == w.O * most;
+  for (int64_t o = 0; fits && w.starts && o < w.O; ++o)
+    fits = w.starts[o + 1] >= w.starts[o] && w.starts[o + 1] - w.starts[o] <= most;
+  if (!fits) {
+    PyErr_SetString(PyExc_ValueError, "the positions do not match the stored integers");
     return nullptr;
   }
   return plan_of(w);
@@ -379,6 +408,8 @@ PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t))
 
 PyMethodDef methods[] = {
     {"plan_bitmask", fast(plan_bitmask), METH_FASTCALL, "(values, count, mask, row_starts, bias, O, I, dtype) -> plan"},
+    {"plan_coded", fast(plan_coded), METH_FASTCALL,
+     "(values, stored, mask, row_starts, scales, zeros, bias, O, I, group, dtype) -> plan"},
     {"plan_block", fast(plan_block), METH_FASTCALL,
      "(values, blocks, columns, row_starts, bias, O, I, r, c, dtype) -> plan"},
     {"run", fast(run), METH_FASTCALL, "(plan, x, rows, y, threads)"},

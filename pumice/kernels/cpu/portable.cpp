@@ -1,5 +1,6 @@
 // Kernels in plain C++: the only ones outside x86, and the yardstick for the others in the tests.
 #include "driver.h"
+#include "coded.h"
 
 #if defined(_MSC_VER) && !defined(__clang__)
 #include <intrin.h>
@@ -70,12 +71,19 @@ struct Portable {
   }
 };
 
+struct Coded : PlainCoded {
+  template <class T>
+  using X4 = float;
+};
+
 const Kernels table = {"portable",
                        false,
                        {bitmask_product<Portable, BF16>, bitmask_product<Portable, float>},
                        {block_product<Portable, BF16>, block_product<Portable, float>},
                        expand_rows<Portable, uint16_t>,
-                       expand_rows<Portable, uint32_t>};
+                       expand_rows<Portable, uint32_t>,
+                       {coded_product<Coded, BF16>, coded_product<Coded, float>},
+                       {coded_expand<BF16>, coded_expand<float>}};
 
 }  // namespace
 

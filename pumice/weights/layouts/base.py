@@ -8,13 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from pumice.core import registry
 from pumice.core.errors import PumiceError
+
+if TYPE_CHECKING:
+    from pumice.weights.grid import Grid
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -24,6 +27,7 @@ DTYPES = {
         torch.float32,
         torch.float64,
         torch.uint8,
+        torch.int8,
         torch.uint16,
         torch.int32,
         torch.int64,
@@ -50,8 +54,9 @@ def shape_of(text: str) -> tuple[int, ...]:
 class Packed:
     """How one matrix [O, I] is stored: a layout's name, its tensors and its integer parameters.
 
-    Exactly one tensor is floating point and holds the numbers ("values", or "weight" in the dense layout); the others
-    say where they stand.
+    Exactly one tensor is floating point: the numbers ("values", or "weight" in the dense layout), or the "scales" of
+    integers; the others say where the numbers stand, or are the integers. `dtype` is that of the matrix; scales may be
+    stored in sixteen bits beside a float32 matrix.
     """
 
     layout: str
@@ -79,7 +84,18 @@ class Packed:
     def density(self) -> float:
         """Share of the positions that hold a stored number (an explicit zero counts)."""
         total = self.shape[0] * self.shape[1]
-        return self.tensors[self.value_name].numel() / total if total else 0.0
+        return self.numbers.numel() / total if total else 0.0
+
+    @property
+    def numbers(self) -> Tensor:
+        """What is stored for each position that has a number: floating point, or integers still without their scale."""
+        return layout_named(self.layout).numbers(self)
+
+    @property
+    def bits(self) -> float:
+        """Stored bits per weight of the matrix, everything counted."""
+        total = self.shape[0] * self.shape[1]
+        return 8 * self.nbytes / total if total else 0.0
 
     @property
     def device(self) -> torch.device:
@@ -94,6 +110,23 @@ class Packed:
         """The same positions with their numbers cast to another floating dtype."""
         cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in self.tensors.items()}
         return Packed(self.layout, self.shape, dtype, cast, dict(self.params))
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take tensors from a file in place of the empty ones; a reader that cast the numbers changes the dtype."""
+        described = self.tensors[self.value_name].dtype
+        self.tensors = {name: tensors[name] for name in self.tensors}
+        if self.tensors[self.value_name].dtype != described:
+            self.dtype = self.tensors[self.value_name].dtype
+
+    def narrow(self) -> Packed:
+        """The same matrix with the scales of its integers in sixteen bits, where that loses nothing."""
+        if not layout_named(self.layout).coded:
+            return self
+        scales = self.tensors["scales"]
+        short = scales.to(torch.bfloat16)
+        if scales.dtype in (torch.float16, torch.bfloat16) or not torch.equal(short.to(scales.dtype), scales):
+            return self
+        return Packed(self.layout, self.shape, self.dtype, {**self.tensors, "scales": short}, dict(self.params))
 
     def specs(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every tensor."""
@@ -142,6 +175,18 @@ class Layout:
 
     examples: ClassVar[tuple[dict[str, int], ...]] = ({},)
     """Parameters that the conformance suite runs over."""
+    coded: ClassVar[bool] = False
+    """Whether it stores integers: then `refuse`, `candidates`, `stored_bytes` and `pack` also take their `grid`."""
+
+    @staticmethod
+    def numbers(packed: Packed) -> Tensor:
+        """The stored numbers (of a coded layout: the integers), whatever their shape."""
+        return packed.tensors[packed.value_name]
+
+    @staticmethod
+    def grid(packed: Packed) -> Grid | None:
+        """The grid of the stored integers; None where numbers are stored as they are."""
+        return None
 
     @staticmethod
     def refuse(w_OI: Tensor, **params: int) -> str | None:
@@ -179,8 +224,8 @@ def layout_named(name: str) -> type[Layout]:
     return registry.layout.get(name).obj
 
 
-def pack(w_OI: Tensor, layout: str, **params: int) -> Packed:
-    """A matrix in the named layout.
+def pack(w_OI: Tensor, layout: str, *, grid: Grid | None = None, **params: int) -> Packed:
+    """A matrix in the named layout; layouts of integers need the grid that the matrix lies on.
 
     Raises:
         PumiceError: not a floating-point matrix, an unknown layout, or the layout refuses (its reason is given).
@@ -192,10 +237,40 @@ def pack(w_OI: Tensor, layout: str, **params: int) -> Packed:
         )
     cls = layout_named(layout)
     w_OI = w_OI.detach()
-    reason = cls.refuse(w_OI, **params)
+    given: dict[str, Any] = _given(cls, grid, params)
+    reason = cls.refuse(w_OI, **given)
     if reason is not None:
         raise PumiceError(f"layout={layout!r} cannot store this {w_OI.shape[0]} x {w_OI.shape[1]} matrix: {reason}.")
-    return cls.pack(w_OI, **params)
+    return cls.pack(w_OI, **given)
+
+
+def _given(cls: type[Layout], grid: Grid | None, params: Mapping[str, int]) -> dict[str, Any]:
+    return {**params, "grid": grid} if cls.coded else dict(params)
+
+
+def possible(w_OI: Tensor, grid: Grid | None = None) -> list[tuple[str, dict[str, int], int]]:
+    """Every storable layout that takes the matrix, with parameters worth trying and its bytes, dense among them."""
+    found = []
+    for info in registry.layout.members():
+        if not info.extras["storable"] or (info.obj.coded and grid is None):
+            continue
+        for params in info.obj.candidates(w_OI, **_given(info.obj, grid, {})):
+            given = _given(info.obj, grid, params)
+            if info.obj.refuse(w_OI, **given) is None:
+                found.append((info.name, params, info.obj.stored_bytes(w_OI, **given)))
+    return found
+
+
+def repack(packed: Packed, layout: str, **params: int) -> Packed:
+    """A stored matrix in another layout, its grid carried along; from integers to integers nothing is rounded."""
+    if (packed.layout, packed.params) == (layout, params):
+        return packed
+    return pack(unpack(packed), layout, grid=grid_of(packed), **params)
+
+
+def grid_of(packed: Packed) -> Grid | None:
+    """The grid of a stored matrix, or None where its numbers are stored as they are."""
+    return layout_named(packed.layout).grid(packed)
 
 
 def unpack(packed: Packed) -> Tensor:
@@ -210,31 +285,35 @@ def validate(packed: Packed, name: str = "matrix") -> None:
         raise PumiceError(f"{name} stored as {packed.layout} is damaged: {fault}; save or download it again.")
 
 
-def pack_smallest(w_OI: Tensor, hint: StorageHint | None = None) -> Packed:
+def pack_smallest(w_OI: Tensor, hint: StorageHint | None = None, grid: Grid | None = None) -> Packed:
     """The matrix in whichever storable layout takes the fewest bytes, dense on a tie.
 
-    Every layout says which parameters it would try; `hint` (a pattern) adds the ones made for it. What is chosen
-    depends on the matrix alone, never on the machine.
+    Every layout says which parameters it would try; `hint` (a pattern) adds the ones made for it, `grid` the layouts of
+    integers. What is chosen depends on the matrix and its grid alone, never on the machine.
     """
-    _, name, params = smallest(w_OI, hint)
-    return pack(w_OI, name, **params)
+    _, name, params = smallest(w_OI, hint, grid)
+    return pack(w_OI.detach(), name, grid=grid, **params)
 
 
-def smallest(w_OI: Tensor, hint: StorageHint | None = None) -> tuple[int, str, dict[str, int]]:
+def smallest(
+    w_OI: Tensor, hint: StorageHint | None = None, grid: Grid | None = None
+) -> tuple[int, str, dict[str, int]]:
     """Bytes, layout and parameters that `pack_smallest` would choose, without packing."""
     w_OI = w_OI.detach()
+    found = possible(w_OI, grid)
     wanted = hint.storage(w_OI.shape[0], w_OI.shape[1]) if hint is not None else None
-    best: tuple[int, str, dict[str, int]] = (w_OI.numel() * w_OI.element_size(), "dense", {})
-    for info in registry.layout.members():
-        if not info.extras["storable"]:
-            continue
-        tried = [wanted[1]] if wanted is not None and wanted[0] == info.name else []
-        for params in tried + info.obj.candidates(w_OI):
-            if info.obj.refuse(w_OI, **params) is None:
-                size = info.obj.stored_bytes(w_OI, **params)
-                if size < best[0]:
-                    best = (size, info.name, params)
-    return best
+    if wanted is not None:
+        cls = layout_named(wanted[0])
+        if cls.refuse(w_OI, **wanted[1]) is None:
+            found.insert(0, (*wanted, cls.stored_bytes(w_OI, **wanted[1])))
+            coded = f"int8-{wanted[0]}"
+            if grid is not None and coded in {info.name for info in registry.layout.members()}:
+                given: dict[str, Any] = {**wanted[1], "grid": grid}
+                if layout_named(coded).refuse(w_OI, **given) is None:
+                    found.insert(0, (coded, wanted[1], layout_named(coded).stored_bytes(w_OI, **given)))
+    dense = ("dense", {}, w_OI.numel() * w_OI.element_size())
+    name, params, size = min([dense, *found], key=lambda one: one[2])
+    return size, name, params
 
 
 def pack_bits(bits: Tensor) -> Tensor:

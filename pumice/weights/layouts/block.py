@@ -59,7 +59,7 @@ class Block(Layout):
         starts[1:] = occupied.sum(1).cumsum(0)
         tensors = {
             # Adding zero turns negative zeros into positive ones.
-            "values": _blocks(w_OI, r, c)[occupied] + 0.0,
+            "values": _blocks(w_OI, r, c)[occupied] + 0,
             "columns": occupied.nonzero()[:, 1].to(torch.int32),
             "row_starts": starts,
         }

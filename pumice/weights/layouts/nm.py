@@ -124,7 +124,7 @@ class NOfM(Layout):
         free = ~kept
         kept = kept | (free & (free.cumsum(-1, dtype=torch.int32) <= n - kept.sum(-1, keepdim=True)))
         # Adding zero turns the negative zeros among the fillers into positive ones.
-        values = (groups[kept] + 0.0).view(w_OI.shape[0], w_OI.shape[1] // m * n)
+        values = (groups[kept] + 0).view(w_OI.shape[0], w_OI.shape[1] // m * n)
         tensors = {"values": values, "codes": pack_codes(rank(kept), code_bits(n, m))}
         return Packed("nm", (w_OI.shape[0], w_OI.shape[1]), w_OI.dtype, tensors, {"n": n, "m": m})
 

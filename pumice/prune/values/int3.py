@@ -1,0 +1,17 @@
+"""Three bits in groups."""
+
+from typing import Annotated
+
+from pumice.core.registry import values
+from pumice.weights.grid import Coding
+
+
+@values("int3", paper="arXiv:2210.17323")
+def int3(
+    *,
+    group: Annotated[int, "neighbouring inputs that share a scale, a multiple of 16"] = 32,
+    zero: Annotated[bool, "a zero point for each group beside its scale"] = False,
+    search: Annotated[int, "clipping ranges tried for each group; 0 takes the full range"] = 8,
+) -> Coding:
+    """Integers of 3 bits with one scale for each group of inputs; groups that are all zero need not be stored."""
+    return Coding("int3", 3, group, zero, search)

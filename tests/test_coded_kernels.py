@@ -1,0 +1,209 @@
+"""Kernels for integers with scales against the specification, on every instruction set of this machine.
+
+The yardstick is the float64 product with the exact s·k: a kernel may be at most twice as far from it as plain PyTorch
+with the weights rounded to the dtype.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pumice.core import dispatch
+from pumice.core.errors import PumiceError
+from pumice.weights.grid import Coding
+from pumice.weights.layouts import base
+from tests.test_kernels import isa, needs_native, poisoned  # noqa: F401
+
+dispatch.discover()
+from pumice.kernels import coded_ops, cpu_backend, ops  # noqa: E402
+
+CODINGS = [Coding("int8", 8)] + [Coding("int4", 4, group, zero) for group in (16, 32) for zero in (False, True)]
+SHAPES = ((1, 16), (4, 37), (3, 48), (33, 160), (130, 128), (7, 1056))
+LAYOUTS = ("int8", "int8-bitmask", "int8-nm", "int8-block", "int4", "int4-bitmask", "int3", "int3-bitmask")
+
+
+def matrix(layout, o, i, dtype, coding, density=0.5) -> base.Packed:
+    w = torch.randn(o, i)
+    if "bitmask" in layout:
+        width = coding.group or 1
+        w *= (torch.rand(o, i // width) < density).repeat_interleave(width, 1)
+    if layout == "int8-nm":
+        w *= torch.rand(o, i // 4, 4).argsort(-1).lt(2).flatten(1)
+    if layout == "int8-block":
+        w *= (torch.rand(o // 4, i // 8) < density).repeat_interleave(4, 0).repeat_interleave(8, 1)
+    grid = coding.grid(w)
+    params = {"int8-nm": {"n": 2, "m": 4}, "int8-block": {"r": 4, "c": 8}}.get(layout, {})
+    params |= {"group": coding.group} if coding.group else {}
+    return base.pack(grid.snap(w).to(dtype), layout, grid=grid, **params)
+
+
+def check(y, x, packed, bias) -> None:
+    exact = base.unpack(packed.astype(torch.float64)).double()
+    want = F.linear(x.double(), exact, None if bias is None else bias.double())
+    plain = F.linear(x, base.unpack(packed), bias)
+    assert (y.dtype, y.shape) == (x.dtype, want.shape)
+    assert y.isfinite().all()
+    error, allowed = (y.double() - want).square().mean().sqrt(), (plain.double() - want).square().mean().sqrt()
+    luck = 2.0**-22 * F.linear(x.double().abs(), exact.abs()).square().mean().sqrt()
+    assert error <= 2 * allowed + luck or not y.numel()
+
+
+def layouts_of(coding):
+    return [name for name in cpu_backend.CODED if name.startswith("int4") == bool(coding.group)]
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("coding", CODINGS, ids=lambda c: f"{c.name}-{c.group}-{c.zero}")
+def test_kernels_of_every_instruction_set(isa, coding, dtype):  # noqa: F811
+    for o, i in SHAPES:
+        if coding.group and i % coding.group:
+            continue
+        for layout in layouts_of(coding):
+            packed, bias = matrix(layout, o, i, dtype, coding), torch.randn(o).to(dtype)
+            for name in ("decode", "panel"):
+                run = dispatch.get("linear", layout, name).prepare(packed, bias)
+                for rows in (0, 1, 2, 3, 4, 5, 9):
+                    x = torch.randn(rows, i).to(dtype)
+                    check(run(x), x, packed, bias)
+
+
+@needs_native
+@pytest.mark.parametrize("density", [0.0, 1.0])
+def test_empty_and_full_matrices(isa, density):  # noqa: F811
+    for coding in CODINGS:
+        for layout in layouts_of(coding):
+            packed = matrix(layout, 24, 96, torch.bfloat16, coding, density)
+            run = dispatch.get("linear", layout, "decode").prepare(packed, torch.full((24,), 3.0))
+            x = torch.randn(2, 96).bfloat16()
+            check(run(x), x, packed, torch.full((24,), 3.0).bfloat16())
+            if not density and "bitmask" in layout:
+                assert (run(x) == 3).all()
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("layout", cpu_backend.CODED)
+def test_threads_give_the_same_bits_and_panels_the_very_matrix(isa, layout, dtype):  # noqa: F811
+    coding = Coding("int4", 4, 16) if "int4" in layout else Coding("int8", 8)
+    packed = matrix(layout, 516, 1024, dtype, coding)
+    run, x = dispatch.get("linear", layout, "decode").prepare(packed, None), torch.randn(3, 1024).to(dtype)
+    alone = run(x)
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        assert torch.equal(run(x), alone)
+    out, plan = torch.empty(516, 1024, dtype=dtype), cpu_backend.Plan(packed, None)
+    cpu_backend.native.expand(plan.handle, 0, 516, out.data_ptr(), 1)
+    assert torch.equal(out, base.unpack(packed))
+
+
+@needs_native
+def test_not_a_number_is_not_hidden_nor_spread(isa):  # noqa: F811
+    for coding in CODINGS:
+        for layout in layouts_of(coding):
+            packed = matrix(layout, 8, 160, torch.bfloat16, coding, density=0.4)
+            x = torch.randn(1, 160).bfloat16()
+            x[0, 5] = float("nan")
+            y = dispatch.get("linear", layout, "decode").prepare(packed, None)(x)
+            width = coding.group or 1
+            kept = (base.unpack(packed) != 0).view(8, -1, width).any(-1)[:, 5 // width]
+            if "bitmask" in layout and coding.group:
+                assert torch.equal(y[0].isnan(), kept)
+            else:
+                assert y[0][kept].isnan().all()
+
+
+@needs_native
+@pytest.mark.parametrize("layout", cpu_backend.CODED)
+def test_damage_is_refused_by_the_plan(layout):
+    coding = Coding("int4", 4, 16) if "int4" in layout else Coding("int8", 8)
+    packed = matrix(layout, 8, 64, torch.float32, coding)
+    for name in ("scales", "codes" if coding.group else "values"):
+        broken = base.Packed(layout, packed.shape, packed.dtype, dict(packed.tensors), packed.params)
+        broken.tensors[name] = packed.tensors[name][:-1]
+        with pytest.raises(PumiceError, match="damaged"):
+            cpu_backend.Plan(broken, None)
+
+
+def test_groups_that_no_kernel_takes_run_otherwise():
+    packed = matrix("int4", 8, 128, torch.bfloat16, Coding("int4", 4, 64))
+    call = dispatch.Call("linear", "int4", torch.bfloat16, "cpu", 1, (8, 128), packed.params)
+    reasons = {backend.name: reason for backend, reason in dispatch.candidates(call)}
+    assert "groups of 64" in str(reasons["decode"])
+    x = torch.randn(1, 128).bfloat16()
+    for backend, reason in dispatch.candidates(call):
+        if reason is None:
+            check(backend.prepare(packed, None)(x), x, packed, None)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_runs_without_a_kernel_of_its_own(layout):
+    coding = Coding("x", int(layout[3]), 16 if layout[3] != "8" else 0)
+    packed = matrix(layout, 24, 64, torch.float16, coding)
+    x = torch.randn(5, 64).half()
+    check(dispatch.get("linear", layout, "unpack").prepare(packed, None)(x), x, packed, None)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_operator_keeps_torch_s_rules_and_has_gradients(layout):
+    torch.use_deterministic_algorithms(False)
+    coding = Coding("x", int(layout[3]), 16 if layout[3] != "8" else 0)
+    packed = matrix(layout, 24, 64, torch.float32, coding)
+    scales = packed.tensors["scales"].requires_grad_()
+    x, bias = torch.randn(3, 64, requires_grad=True), torch.randn(24, requires_grad=True)
+    structure = [packed.tensors[name] for name in sorted(packed.tensors) if name != "scales"]
+    params = [packed.params[name] for name in sorted(packed.params)]
+    given = (x, scales, structure, coded_ops.form_of(packed), [24, 64], params, bias)
+    torch.library.opcheck(coded_ops.linear_coded, given)
+    y = ops.traced_linear(packed, bias, x)
+    found = torch.autograd.grad(y.square().sum(), (x, scales, bias))
+    want = torch.autograd.grad(F.linear(x, base.unpack(packed), bias).square().sum(), (x, scales, bias))
+    for one, other in zip(found, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_packed_layer_compiles_into_one_graph():
+    torch.use_deterministic_algorithms(False)
+    from pumice.weights.modules import SparseLinear
+
+    layer = SparseLinear(matrix("int4-bitmask", 32, 64, torch.float32, Coding("int4", 4, 16)))
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), F.linear(x, layer.dense_weight()), rtol=1e-4, atol=1e-4)
+
+
+@needs_native
+def test_no_byte_beyond_the_tensors_is_read():
+    # Rows at the end of a page: the guarded buffers of test_kernels, with integers in them.
+    import subprocess
+    import sys
+    import textwrap
+
+    from tests.conftest import ROOT
+    from tests.test_kernels import GUARDED
+
+    if not sys.platform.startswith("linux"):
+        pytest.skip("needs mprotect as Linux has it")
+    head = textwrap.dedent(GUARDED).split("torch.set_num_threads(1)")[0]
+    body = """
+torch.set_num_threads(1)
+from tests.test_coded_kernels import CODINGS, layouts_of, matrix
+for isa, reason in cpu_backend.instruction_sets().items():
+    if reason is not None:
+        continue
+    cpu_backend.force(isa)
+    for dtype in (torch.bfloat16, torch.float32):
+        for coding in CODINGS:
+            for layout in layouts_of(coding):
+                for o, i in ((5, 64), (3, 224), (4, 32), (1, 96)):
+                    packed = matrix(layout, o, i, dtype, coding)
+                    packed.tensors = {k: at_the_end(t) if t.numel() else t for k, t in packed.tensors.items()}
+                    for name in ("decode", "panel"):
+                        run = dispatch.get("linear", layout, name).prepare(packed, None)
+                        for rows in (1, 3):
+                            run(at_the_end(torch.randn(rows, i).to(dtype)))
+print("read nothing beyond")
+"""
+    done = subprocess.run([sys.executable, "-c", head + body], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert "read nothing beyond" in done.stdout, f"exit {done.returncode}: {done.stderr[-2000:]}"
