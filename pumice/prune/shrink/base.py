@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 
 @dataclass
 class Job:
@@ -13,6 +15,7 @@ class Job:
     Args:
         density: share of the parameters inside the blocks to keep, in (0, 1].
         batches: calibration batches as the model takes them; empty where nobody gave data.
+        compute: dtype of the matrix products of forward passes that only measure.
         notes: what the user should know of the result; methods append to it.
     """
 
@@ -20,3 +23,4 @@ class Job:
     batches: list[Any] = field(default_factory=list)
     progress: bool = True
     notes: list[str] = field(default_factory=list)
+    compute: torch.dtype = torch.float32
