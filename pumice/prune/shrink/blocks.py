@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +69,15 @@ def sample(job: Job, count: int) -> list[Any]:
         taken.append(batch)
         count -= rows(batch)
     return taken
+
+
+def first(batch: Any) -> Any:
+    """The first sample of a batch, without labels."""
+    if isinstance(batch, Mapping):
+        return {key: first(value) for key, value in batch.items() if key != "labels"}
+    if isinstance(batch, list | tuple):
+        return type(batch)(first(value) for value in batch)
+    return batch[:1] if isinstance(batch, Tensor) and batch.dim() else batch
 
 
 def rows(batch: Any) -> int:
