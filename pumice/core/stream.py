@@ -63,7 +63,7 @@ class Unit:
     """Its hidden state is exactly what the unit before it returned."""
 
 
-def _block_lists(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def block_lists(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Children of the outermost module lists and sequentials: the blocks."""
 
     def blocks(prefix: str, container: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -82,7 +82,7 @@ def _block_lists(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def find_units(model: nn.Module, views: Sequence[WeightView]) -> list[Unit]:
     """Units that hold all the views, in module order (the probe puts them into the order of execution)."""
-    blocks = dict(_block_lists(model))
+    blocks = dict(block_lists(model))
     units: dict[str, Unit] = {}
     for view in views:
         owner = next((n for n in blocks if view.module_name == n or view.module_name.startswith(f"{n}.")), None)
