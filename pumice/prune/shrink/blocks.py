@@ -103,10 +103,20 @@ def watching(
             handle.remove()
 
 
-def passes(model: nn.Module, batches: Sequence[Any], what: str, progress: bool) -> Iterator[Any]:
-    """Run the batches through the model in eval mode, without gradients; yields each after its pass."""
+def passes(
+    model: nn.Module,
+    batches: Sequence[Any],
+    what: str,
+    progress: bool,
+    before: Callable[[Any], None] = lambda batch: None,
+) -> Iterator[Any]:
+    """Run the batches through the model in eval mode, without gradients; yields each after its pass.
+
+    `before` is called with each batch before its pass.
+    """
     with torch.no_grad(), evaluating(model), bar(len(batches), what, enabled=progress, unit="batch") as shown:
         for batch in batches:
+            before(batch)
             call_model(model, batch)
             shown.update()
             yield batch
