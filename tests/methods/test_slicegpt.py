@@ -39,7 +39,13 @@ def opt():
     from transformers import OPTConfig, OPTForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32}
+    sizes = {
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 32,
+    }
     return noisy(OPTForCausalLM(OPTConfig(vocab_size=100, max_position_embeddings=64, init_std=0.2, **sizes))).eval()
 
 

@@ -11,7 +11,7 @@ from pumice.core import select, structure
 from pumice.core.errors import PumiceError
 from pumice.core.progress import bar
 from pumice.core.registry import shrink
-from pumice.prune.shrink.base import MULTIPLE, Job, block_parameters
+from pumice.prune.shrink.base import MULTIPLE, Job, block_parameters, removable
 from pumice.prune.shrink.blocks import Parts, find_blocks, find_parts, sample, size
 from pumice.prune.shrink.budget import uniform
 from pumice.prune.shrink.ffn import activation_norms, ffn_groups
@@ -60,6 +60,7 @@ def two_ssp(
     wanted = attentions_to_remove(layers, parts, 1 - job.density, alpha)
     count = min(wanted, int((1 - job.density) / share + 1e-9))
     first = replace(job, density=min(1.0, job.density + count * share))
+    removable(model, groups, first)
     counts = uniform(model, groups, first, multiple)
     scores = activation_norms(model, groups, batches, job.progress)
     cuts = [(g, select.topk(scores[g.name], kept)) for g, kept in zip(groups, counts, strict=True)]
