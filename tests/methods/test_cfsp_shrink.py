@@ -12,7 +12,7 @@ from pumice.prune.shrink.blocks import find_blocks, similarities, size
 from pumice.prune.shrink.cfsp import _Exponents, channel_scores, granule, keep_ratios
 from pumice.prune.shrink.ffn import activation_norms
 from tests import tiny
-from tests.methods.test_depth import BATCHES, qwen3, same_with_cache
+from tests.methods.test_depth import BATCHES, QUIET, qwen3, same_with_cache
 from tests.methods.test_slicegpt import gpt2, logits, opt
 from tests.methods.test_two_ssp import groups_of
 
@@ -25,7 +25,7 @@ def cfsp(model, density=0.7, batches=BATCHES, **options):
 def test_scores_are_the_formula_channel_by_channel():
     model = tiny.llama()
     groups, layers, _ = groups_of(model)
-    norms = activation_norms(model, groups, BATCHES, False)
+    norms = activation_norms(model, groups, BATCHES, QUIET)
     for group, block in zip(groups, layers, strict=True):
         found = channel_scores(model, group, norms[group.name], _Exponents(1.5, 0.5))
         x = norms[group.name] / norms[group.name].mean()
@@ -47,7 +47,7 @@ def test_shares_follow_the_sigmoid_of_the_angles():
     assert ratios == pytest.approx([1 / (1 + math.exp(1.0)), 1 / (1 + math.exp(0.5)), 1 / (1 + math.exp(-1.5))])
     assert keep_ratios([0.1, 0.2, 0.6], 0.0) == [0.5, 0.5, 0.5]
     model = tiny.llama(num_hidden_layers=4, intermediate_size=480)
-    angles = similarities(model, model.model.layers, BATCHES, lambda cosine: cosine.acos() / math.pi, progress=False)
+    angles = similarities(model, model.model.layers, BATCHES, lambda cosine: cosine.acos() / math.pi, QUIET)
     small, _ = cfsp(model, 0.7, a=3.0, multiple=1)
     widths = [block.mlp.down_proj.weight.shape[1] for block in small.model.layers]
     wanted = keep_ratios(angles, 3.0)

@@ -20,6 +20,9 @@ TOKENS = torch.randint(4, 100, (4, 24), generator=torch.Generator().manual_seed(
 BATCHES = [{"input_ids": TOKENS[:2]}, {"input_ids": TOKENS[2:]}]
 
 
+QUIET = Job(1.0, progress=False)
+
+
 def qwen3(layers=5, **changes):
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -92,7 +95,7 @@ def test_blocks_of_least_influence_go_and_the_rest_computes_as_before(make):
     x, y = torch.cat(inputs, 1), torch.cat(outputs, 1)
     influence = 1 - (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))
     expected = influence.mean((1, 2))
-    found = similarities(model, layers, BATCHES, lambda cosine: 1 - cosine, progress=False)
+    found = similarities(model, layers, BATCHES, lambda cosine: 1 - cosine, QUIET)
     torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-4, atol=1e-5)
     gone = sorted(expected.argsort()[:2].tolist())
     reference = without(model, gone)
@@ -170,7 +173,7 @@ def test_padding_does_not_count():
     mask = (padded != 0).long()
     _, layers = find_blocks(model)
     a, b = (
-        similarities(model, layers, [batch], torch.acos, progress=False)
+        similarities(model, layers, [batch], torch.acos, QUIET)
         for batch in ({"input_ids": short}, {"input_ids": padded, "attention_mask": mask})
     )
     assert a == pytest.approx(b, rel=1e-4)

@@ -15,7 +15,7 @@ from pumice.prune.shrink.refit import cut, refitted
 from pumice.prune.shrink.two_ssp import attentions_to_remove
 from pumice.weights.residual import NoAttention
 from tests import tiny
-from tests.methods.test_depth import BATCHES, TOKENS, qwen3, same_with_cache, total_loss
+from tests.methods.test_depth import BATCHES, QUIET, TOKENS, qwen3, same_with_cache, total_loss
 from tests.methods.test_slicegpt import gpt2, logits, opt
 
 
@@ -43,7 +43,7 @@ def test_number_of_attentions_is_the_papers_formula(sparsity, alpha):
 def test_scores_are_mean_norms_of_activations(make):
     model = make()
     groups, _, _ = groups_of(model)
-    found = activation_norms(model, groups, BATCHES, False)
+    found = activation_norms(model, groups, BATCHES, QUIET)
     for group in groups:
         seen = []
         module = model.get_submodule(group.readers[0].module)
@@ -59,7 +59,7 @@ def test_scores_are_mean_norms_of_activations(make):
 def test_the_weakest_neurons_and_the_least_missed_attentions_go():
     model = tiny.llama(num_hidden_layers=4)
     groups, _, _ = groups_of(model)
-    scores = activation_norms(model, groups, BATCHES, False)
+    scores = activation_norms(model, groups, BATCHES, QUIET)
     by_hand = copy.deepcopy(model)
     small, _ = two_ssp(copy.deepcopy(model), 0.7, alpha=3.0)
     kept = small.model.layers[0].mlp.down_proj.weight.shape[1]
@@ -143,7 +143,7 @@ def test_refitted_blocks_come_nearer_to_the_dense_model():
         with torch.no_grad():
             before = model(tokens).logits
             groups, _, _ = groups_of(model)
-            scores = activation_norms(model, groups, BATCHES, False)
+            scores = activation_norms(model, groups, BATCHES, QUIET)
             cuts = [(g, scores[g.name] > scores[g.name].median()) for g in groups]
             cut(model, cuts, [{"input_ids": tokens}], Job(0.5, progress=False), refit)
             errors[refit] += float((model(tokens).logits - before).square().sum() / before.square().sum())

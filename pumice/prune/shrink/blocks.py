@@ -16,9 +16,13 @@ from torch import Tensor, nn
 
 from pumice.core.calls import call_model, hidden_of, record_of, token_mask
 from pumice.core.errors import PumiceError
+from pumice.core.precision import products
 from pumice.core.progress import bar
 from pumice.core.stats import evaluating
 from pumice.prune.shrink.base import Job
+
+PROBE = Job(1.0, progress=False)
+"""How one batch is run to see what a model is made of."""
 
 
 @dataclass(frozen=True)
@@ -104,20 +108,18 @@ def watching(
 
 
 def passes(
-    model: nn.Module,
-    batches: Sequence[Any],
-    what: str,
-    progress: bool,
-    before: Callable[[Any], None] = lambda batch: None,
+    model: nn.Module, batches: Sequence[Any], what: str, job: Job, before: Callable[[Any], None] = lambda batch: None
 ) -> Iterator[Any]:
     """Run the batches through the model in eval mode, without gradients; yields each after its pass.
 
-    `before` is called with each batch before its pass.
+    `before` is called with each batch before its pass; of the job only `progress` and `compute` count.
     """
-    with torch.no_grad(), evaluating(model), bar(len(batches), what, enabled=progress, unit="batch") as shown:
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    with torch.no_grad(), evaluating(model), bar(len(batches), what, enabled=job.progress, unit="batch") as shown:
         for batch in batches:
             before(batch)
-            call_model(model, batch)
+            with products(device, job.compute):
+                call_model(model, batch)
             shown.update()
             yield batch
 
@@ -127,8 +129,7 @@ def similarities(
     layers: nn.ModuleList,
     batches: Sequence[Any],
     measure: Callable[[Tensor], Tensor],
-    *,
-    progress: bool = True,
+    job: Job,
 ) -> list[float]:
     """Mean over tokens of `measure(cos(x_in, x_out))` for every block; padding is left out.
 
@@ -145,7 +146,7 @@ def similarities(
         found.append((index, F.cosine_similarity(x.double(), y.double(), dim=-1)))
 
     with watching(list(layers), see):
-        for batch in passes(model, batches, "block influence", progress):
+        for batch in passes(model, batches, "block influence", job):
             mask = token_mask(batch)
             for index, cosine in found:
                 kept = cosine[mask.bool()] if mask is not None and mask.shape == cosine.shape else cosine.flatten()
@@ -173,7 +174,7 @@ def find_parts(model: nn.Module, layers: nn.ModuleList, batch: Any) -> list[Part
         order[children[index][0]].append(children[index][1])
 
     with watching([child for _, _, child in children], see):
-        for _ in passes(model, [batch], "probe", False):
+        for _ in passes(model, [batch], "probe", PROBE):
             pass
     return [_parts_of(block, names) for block, names in zip(layers, order, strict=True)]
 

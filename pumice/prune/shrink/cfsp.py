@@ -67,10 +67,10 @@ def cfsp(
     parts = find_parts(model, layers, batches[0])
     groups = ffn_groups(model, job, name, parts)
     removable(model, groups, job)
-    angles = similarities(model, layers, batches, lambda cosine: cosine.acos() / math.pi, progress=job.progress)
+    angles = similarities(model, layers, batches, lambda cosine: cosine.acos() / math.pi, job)
     step = multiple or granule(min(group.units for group in groups))
     counts = shares(model, groups, keep_ratios(angles, a), job, step)
-    norms = activation_norms(model, groups, batches, job.progress)
+    norms = activation_norms(model, groups, batches, job)
     exponents = _Exponents(b, c)
     cuts = [
         (group, select.topk(channel_scores(model, group, norms[group.name], exponents), kept))

@@ -47,7 +47,7 @@ def depth(
         _check_config(model, config, name, len(layers))
     batches = sample(job, samples or (10**9 if by == "influence" else 16))
     if by == "influence":
-        measured = similarities(model, layers, batches, lambda cosine: 1 - cosine, progress=job.progress)
+        measured = similarities(model, layers, batches, lambda cosine: 1 - cosine, job)
         gone = _least(measured, [size(block) for block in layers], job.density)
     else:
         gone = _greedy(model, layers, batches, job)

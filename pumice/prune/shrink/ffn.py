@@ -35,9 +35,7 @@ def ffn_groups(model: nn.Module, job: Job, blocks: str, parts: Sequence[Parts]) 
     return found
 
 
-def activation_norms(
-    model: nn.Module, groups: Sequence[Group], batches: Sequence[Any], progress: bool
-) -> dict[str, Tensor]:
+def activation_norms(model: nn.Module, groups: Sequence[Group], batches: Sequence[Any], job: Job) -> dict[str, Tensor]:
     """L2 norm over the tokens of a sample of every unit's activation, averaged over samples: name -> [U]."""
     readers = [group.views(model)[group.readers[0].name] for group in groups]
     sums = [torch.zeros(view.shape_OI[1], dtype=torch.float64) for view, _ in readers]
@@ -56,7 +54,7 @@ def activation_norms(
         sums[index] += x.sum(1).sqrt().sum(0).double().cpu()
 
     with watching([view.module for view, _ in readers], see):
-        for batch in passes(model, batches, "activations", progress, before):
+        for batch in passes(model, batches, "activations", job, before):
             count += rows(batch)
     return {
         group.name: (total / max(count, 1))[columns_Um].square().sum(1).sqrt().float()

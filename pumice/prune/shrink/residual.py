@@ -16,7 +16,7 @@ from pumice.core import structure
 from pumice.core.calls import hidden_of
 from pumice.core.errors import PumiceError
 from pumice.core.view import WeightView, module_views
-from pumice.prune.shrink.blocks import Parts, find_blocks, find_parts, passes, watching
+from pumice.prune.shrink.blocks import PROBE, Parts, find_blocks, find_parts, passes, watching
 
 
 @dataclass
@@ -124,7 +124,7 @@ def _watch(
 
     keep: list[Any] = []
     with watching([*norms, *(view.module for view, _ in maps), *watched, *layers], see):
-        for _ in passes(model, [batch], "probe", False):
+        for _ in passes(model, [batch], "probe", PROBE):
             pass
     for branch in branches:
         if not branch.readers or branch.writer is None:

@@ -62,7 +62,7 @@ def two_ssp(
     first = replace(job, density=min(1.0, job.density + count * share))
     removable(model, groups, first)
     counts = uniform(model, groups, first, multiple)
-    scores = activation_norms(model, groups, batches, job.progress)
+    scores = activation_norms(model, groups, batches, job)
     cuts = [(g, select.topk(scores[g.name], kept)) for g, kept in zip(groups, counts, strict=True)]
     cut(model, cuts, batches, job, refit)
     gone = _remove_attentions(model, name, layers, parts, count, sample(job, trials), job) if count else []
