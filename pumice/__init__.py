@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pumice.engine.pack import pack as pack
     from pumice.engine.pack import unpack as unpack
     from pumice.engine.prune import prune as prune
+    from pumice.engine.shrink import shrink as shrink
     from pumice.engine.store import load as load
     from pumice.engine.store import save as save
 
@@ -28,6 +29,7 @@ _WHERE = {
     "PumiceError": "pumice.core.errors",
     "methods": "pumice.core.registry",
     "prune": "pumice.engine.prune",
+    "shrink": "pumice.engine.shrink",
     "pack": "pumice.engine.pack",
     "unpack": "pumice.engine.pack",
     "describe": "pumice.engine.pack",
@@ -51,6 +53,7 @@ __all__ = [
     "pack",
     "prune",
     "save",
+    "shrink",
     "unpack",
 ]
 

@@ -1,4 +1,4 @@
-"""Commands that write models: prune and export."""
+"""Commands that write models: prune, shrink and export."""
 
 from __future__ import annotations
 
@@ -54,6 +54,7 @@ def add_to(app: typer.Typer) -> None:
     """Register this module's commands."""
     remedy = "finished blocks are kept in {out}.partial; repeat the command with --resume to go on."
     command(app, "prune", on_interrupt=remedy)(with_schema(prune))
+    command(app, "shrink")(shrink)
     command(app, "export")(export)
 
 
@@ -105,6 +106,86 @@ def prune(
     save_run(out, run)
     data = {**result.to_dict(), "disk_bytes": {column.name: column.disk_bytes for column in run.columns}}
     return Output(data, lambda console: _show_result(console, data, out))
+
+
+def shrink(
+    model: Model,
+    *,
+    method: Annotated[str, typer.Option("--method", "-m", help="How; see pumice methods shrink.")],
+    density: Annotated[float, typer.Option(help="Share of the parameters inside the blocks that stays, in (0, 1].")],
+    out: Annotated[str | None, typer.Option("--out", "-o", help="Folder to write; needed unless --dry-run.")] = None,
+    data: Annotated[str | None, typer.Option(help="Calibration text: file or Hugging Face dataset.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="OPTION=VALUE", help="Option of the method (repeat).")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 64,
+    seqlen: Annotated[int, typer.Option(help="Tokens in each calibration window.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Seed of the calibration draw and of whatever else is drawn.")] = 0,
+    compute: Annotated[str, typer.Option(help="Matrix products while calibrating: auto, float32, bfloat16.")] = "auto",
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what could be removed; write nothing.")] = False,
+    overwrite: Overwrite = False,
+) -> Output:
+    """Remove whole channels, heads or blocks and save the smaller model.
+
+    Where all layers stay alike, OUT is a plain Transformers checkpoint that loads without Pumice.
+    """
+    if out is None and not dry_run:
+        raise PumiceError("out is missing: say where the smaller model goes, -o OUT, or ask for --dry-run.")
+    from pumice.engine.files import check_free
+    from pumice.engine.shrink import plan_shrink, save_shrunk, shrink_result
+
+    chosen = {"name": method, **dict(_option(setting) for setting in settings or ())}
+    if dry_run:
+        plan = plan_shrink(model, chosen, density=density).to_dict()
+        return Output(plan, lambda console: _show_groups(console, plan))
+    assert out is not None
+    if not overwrite:
+        check_free(Path(out))
+    run = {"samples": samples, "seqlen": seqlen, "seed": seed, "compute": compute, "device": device, "dtype": dtype}
+    result = shrink_result(model, chosen, density=density, data=data, **run)  # pyright: ignore[reportArgumentType]
+    path = save_shrunk(result, out, overwrite=overwrite)
+    from pumice.report import disk_bytes
+
+    found = {**result.to_dict(), "path": str(path), "disk_bytes": disk_bytes(path)}
+    return Output(found, lambda console: _show_shrunk(console, found))
+
+
+def _option(setting: str) -> tuple[str, str]:
+    name, equals, value = setting.partition("=")
+    if not equals or not name.strip():
+        raise PumiceError(f"set={setting!r} is not OPTION=VALUE: write heads=true.")
+    return name.strip(), value.strip()
+
+
+def _show_groups(console: Console, plan: dict[str, Any]) -> None:
+    rows = [
+        (
+            group["name"],
+            group["kind"],
+            f"{group['units']:,}",
+            f"{group['params_per_unit']:,}",
+            group["block"] or "several",
+        )
+        for group in plan["groups"]
+    ]
+    console.print(table(("read by", "unit", "units", "parameters of one", "block"), rows, right=(2, 3)))
+    counts = plan["parameters"]
+    console.print(f"{counts['blocks']:,} of {counts['all']:,} parameters lie inside the blocks.")
+    console.print(f"{counts['to_remove']:,} of them would go. Nothing was written.")
+    _show_notes(console, plan["notes"])
+
+
+def _show_shrunk(console: Console, data: dict[str, Any]) -> None:
+    from pumice.analyze.summary import percent, size_text
+
+    counts = data["parameters"]
+    console.print(f"{data['method']['name']}: {counts['all_before']:,} parameters became {counts['all']:,}")
+    console.print(f"in {data['seconds']:,.0f} s; {percent(data['density'])} of those inside the blocks are left.")
+    _show_notes(console, data["notes"])
+    how = "a plain Transformers checkpoint" if data["ordinary"] else "Pumice's format"
+    console.print(f"Written to {data['path']}: {how}, {size_text(data['disk_bytes'])}.", markup=False)
 
 
 def _show_plan(console: Console, plan: dict[str, Any]) -> None:

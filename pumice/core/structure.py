@@ -24,6 +24,11 @@ def steps(model: nn.Module) -> list[dict[str, Any]]:
     return model.__dict__.setdefault(_KEY, [])
 
 
+def changed(model: nn.Module) -> bool:
+    """Whether anything was noted."""
+    return bool(model.__dict__.get(_KEY))
+
+
 def forget(model: nn.Module) -> None:
     """The model is an ordinary one of its config: nothing has to be repeated."""
     model.__dict__.pop(_KEY, None)
@@ -72,9 +77,9 @@ def replace(model: nn.Module, path: str, cls: Any, **arguments: Any) -> nn.Modul
 
 def describe(model: nn.Module) -> dict[str, Any] | None:
     """JSON for `rebuild`, or None where nothing was noted."""
-    done = [step for step in steps(model) if step["do"] != "shapes"]
-    if not steps(model):
+    if not changed(model):
         return None
+    done = [step for step in steps(model) if step["do"] != "shapes"]
     shapes = {name: list(tensor.shape) for name, tensor in _tensors(model).items()}
     return {"steps": done, "shapes": shapes}
 

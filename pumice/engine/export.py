@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pumice.core import structure
 from pumice.core.errors import PumiceError
 from pumice.engine.files import staged
 from pumice.engine.store import save, save_companions
@@ -55,6 +56,11 @@ def export(
         return _onnx(model, Path(out), overwrite, tokenizer, inputs)
     if not hasattr(model, "save_pretrained"):
         return save(model, out, format="dense", overwrite=overwrite)
+    if structure.describe(model) is not None:
+        raise PumiceError(
+            f"format='dense': the layers of this {type(model).__name__} have different widths or lack parts, which no config "
+            "of Transformers can say: save it with format='pumice', which `import pumice` lets Transformers load."
+        )
     with staged(out, overwrite) as folder:
         _bare(model).save_pretrained(folder, state_dict=dense_state(model))
         save_companions(folder, model, tokenizer)

@@ -14,6 +14,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from pumice.core import structure
 from pumice.core.errors import PumiceError
 from pumice.engine.files import check_file
 from pumice.engine.store import check_version
@@ -36,6 +37,7 @@ class PumiceConfig(QuantizationConfigMixin):
         tied: Mapping[str, str] | None = None,
         files: Mapping[str, Any] | None = None,
         metadata: Mapping[str, Any] | None = None,
+        structure: Mapping[str, Any] | None = None,
         **others: Any,
     ) -> None:
         del others
@@ -43,6 +45,8 @@ class PumiceConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.layers, self.tied = dict(layers or {}), dict(tied or {})
         self.files, self.metadata = dict(files or {}), dict(metadata or {})
+        if structure:
+            self.structure = dict(structure)
         check_version(self.__dict__, "this checkpoint")
 
     def __repr__(self) -> str:
@@ -101,6 +105,9 @@ class PumiceHfQuantizer(HfQuantizer):
             fact = self.stored.files.get(Path(file).name)
             if fact is not None:
                 check_file(Path(file), fact)
+        changed = getattr(self.stored, "structure", None)
+        if changed:
+            structure.rebuild(model, changed)
         modules = dict(model.named_modules())
         for key, entry in self.stored.layers.items():
             name = self._name_in(model, modules, key)
@@ -157,7 +164,7 @@ class PumiceHfQuantizer(HfQuantizer):
             if isinstance(module, SparseModule):
                 for weight in weights_of(name, module):
                     layers[name] = weight.describe(module.packed)
-        config = PumiceConfig(layers=layers, metadata=self.stored.metadata)
+        config = PumiceConfig(layers=layers, metadata=self.stored.metadata, structure=structure.describe(model))
         self.quantization_config = model.config.quantization_config = config
         return None, {}
 

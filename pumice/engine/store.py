@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pumice.core import structure
 from pumice.core.errors import PumiceError
 from pumice.engine import compressed_tensors
 from pumice.engine.files import check_file
@@ -64,7 +65,7 @@ def save(
     with Writer(path, overwrite, dense=format == "dense", hint=pattern, tied=tied_parameters(model)) as writer:
         writer.add_module("", model)
         save_companions(writer.partial, model, tokenizer)
-        return writer.finish(model_config(model), metadata=metadata)
+        return writer.finish(model_config(model), metadata=metadata, structure=structure.describe(model))
 
 
 def save_companions(folder: Path, model: nn.Module, tokenizer: Any) -> None:
@@ -153,7 +154,7 @@ def load(path: str | Path, *, into: nn.Module | None = None, device: str | torch
 
     Args:
         path: the folder.
-        into: a module of the same architecture to fill: its `Linear`, `Conv2d` and `Conv1D` are replaced by sparse
+        into: a module of the same architecture to fill (as it was before any units were removed from it): its `Linear`, `Conv2d` and `Conv1D` are replaced by sparse
             modules where stored sparse, in place. Needed for modules that are not Hugging Face's.
         device: where the model goes.
 
@@ -226,6 +227,8 @@ def take_packed(tensors: dict[str, Tensor], key: str, entry: Mapping[str, Any], 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], stored: Mapping[str, Any], where: str) -> nn.Module:
     """Put stored tensors into a module of ordinary layers."""
     model = densify(model)
+    if stored.get("structure"):
+        structure.rebuild(model, stored["structure"])
     modules = dict(model.named_modules())
     for key, entry in stored["layers"].items():
         packed = take_packed(tensors, key, entry, where)

@@ -279,12 +279,19 @@ class Writer:
                 f"the disk of out={str(self.path)!r} is full: {what} needs {size:,} bytes, {free:,} are free;{untouched} {then}."
             ) from error
 
-    def finish(self, config: Mapping[str, Any] | None = None, *, metadata: Mapping[str, Any] | None = None) -> Path:
+    def finish(
+        self,
+        config: Mapping[str, Any] | None = None,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        structure: Mapping[str, Any] | None = None,
+    ) -> Path:
         """Write index and config.json and move the folder to OUT; further files may lie in `partial` already.
 
         Args:
             config: content of config.json beside the `quantization_config` that is added here.
             metadata: anything JSON, kept under `quantization_config["metadata"]`.
+            structure: how the model differs from what its config says (`core.structure`), None where it does not.
         """
         self._flush()
         total = sum(fact["bytes"] for fact in self.files.values())
@@ -296,6 +303,7 @@ class Writer:
             "tied": self.tied,
             "files": {**self.files, INDEX: fact_of(index.encode())},
             "metadata": dict(metadata or {}),
+            **({"structure": dict(structure)} if structure is not None else {}),
         }
         with self._disk_full("config.json", len(index)):
             self._write_text(self.partial / INDEX, index)

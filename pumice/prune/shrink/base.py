@@ -68,7 +68,7 @@ def example_of(model: nn.Module, job: Job) -> Any:
         ids = torch.arange(8)[None] % config.get_text_config().vocab_size
         ids = ids.to(next(model.parameters()).device)
         return {"input_ids": ids, **({"decoder_input_ids": ids} if config.is_encoder_decoder else {})}
-    if main == "pixel_values" and getattr(config, "image_size", None):
+    if main == "pixel_values" and config is not None and getattr(config, "image_size", None):
         size = config.image_size if isinstance(config.image_size, list | tuple) else (config.image_size,) * 2
         weight = next(model.parameters())
         pixels = torch.zeros(1, getattr(config, "num_channels", 3), *size, dtype=weight.dtype, device=weight.device)

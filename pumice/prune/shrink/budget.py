@@ -94,16 +94,24 @@ def uniform(model: nn.Module, groups: Sequence[Group], job: Job, multiple: int) 
 
 
 def shares(model: nn.Module, groups: Sequence[Group], weights: Sequence[float], job: Job, multiple: int) -> list[int]:
-    """Units that each group keeps when its share is proportional to its weight (1 at most)."""
+    """Units that each group keeps when its share is proportional to its weight (1 at most).
 
-    def at(share: float) -> list[int]:
-        return [
-            rounded(g, g.units * min(1.0, share * weight), multiple) for g, weight in zip(groups, weights, strict=True)
-        ]
-
+    Heads are few, so that their shares are coarse: once their numbers are found, the channels make up for the rest.
+    """
     steps = 4096
     top = 1 / max(min(weights), 1e-6)
-    return at(_last(steps, lambda step: at(top * step / steps), model, groups, job) * top / steps)
+    fixed: dict[int, int] = {}
+
+    def at(step: int) -> list[int]:
+        share = top * step / steps
+        return [
+            fixed.get(index, rounded(g, g.units * min(1.0, share * weight), multiple))
+            for index, (g, weight) in enumerate(zip(groups, weights, strict=True))
+        ]
+
+    counts = at(_last(steps, at, model, groups, job))
+    fixed = {index: counts[index] for index, group in enumerate(groups) if group.kind == "head"}
+    return at(_last(steps, at, model, groups, job)) if fixed else counts
 
 
 def _adaptive(model: nn.Module, groups: Sequence[Group], scores: Scores, job: Job, multiple: int) -> list[int]:
