@@ -210,13 +210,18 @@ def _replace(model: nn.Module, residual: Residual, plan: _Plan, eps: list[float]
             branch.norm = structure.replace(model, branch.norm_name, PlainRMSNorm, width=residual.width, eps=one)
 
 
+def _shortcuts(residual: Residual, plan: _Plan) -> list[nn.Linear]:
+    """The matrices on the residual connections, in the order of the branches."""
+    blocks = [block for block in residual.layers if isinstance(block, SlicedBlock) and not plan.one]
+    return [shortcut for block in blocks for shortcut in (block.shortcut_1, block.shortcut_2)]
+
+
 @torch.no_grad()
 def _connect(residual: Residual, plan: _Plan, bases: list[Tensor | None]) -> None:
     """The matrices on the residual connections: from the basis before a branch to the one behind it."""
-    for index, block in enumerate([] if plan.one else residual.layers):
-        for at, shortcut in enumerate((block.shortcut_1, block.shortcut_2)):
-            here, behind = bases[2 * index + at], bases[2 * index + at + 1]
-            assert here is not None
+    for at, shortcut in enumerate(_shortcuts(residual, plan)):
+        here, behind = bases[at], bases[at + 1]
+        if here is not None:
             shortcut.weight.copy_(here if behind is None else behind.t() @ here)
 
 
@@ -227,12 +232,10 @@ def _truncate(model: nn.Module, residual: Residual, plan: _Plan, kept: int) -> N
     leading = torch.eye(full, kept)
     bases = [*[leading] * (places - 1), leading if plan.head else None]
     rotate(residual, bases, [(full / kept) ** 0.5] * places)
-    last = 2 * len(residual.layers) - 1
-    for index, block in enumerate([] if plan.one else residual.layers):
-        for at, shortcut in enumerate((block.shortcut_1, block.shortcut_2)):
-            behind = full if 2 * index + at == last and not plan.head else kept
-            structure.resize(shortcut.weight, shortcut.weight[:behind, :kept].clone())
-            structure.refresh(shortcut)
+    for at, shortcut in enumerate(_shortcuts(residual, plan)):
+        behind = full if at == places - 2 and not plan.head else kept
+        structure.resize(shortcut.weight, shortcut.weight[:behind, :kept].clone())
+        structure.refresh(shortcut)
     for branch in plan.branches(residual):
         # In a sliced block the norm has no weight any more.
         if isinstance(weight := branch.norm._parameters.get("weight"), Tensor):
@@ -243,9 +246,9 @@ def _truncate(model: nn.Module, residual: Residual, plan: _Plan, kept: int) -> N
 
 def _state(model: nn.Module, kept: int, ordinary: bool) -> None:
     """The config says the hidden size where the model is still the one that it describes."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     if ordinary and hasattr(config, "hidden_size") and getattr(config, "head_dim", None):
-        config.hidden_size = kept  # type: ignore[union-attr]
+        config.hidden_size = kept
     else:
         structure.note_shapes(model)

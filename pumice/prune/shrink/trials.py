@@ -80,7 +80,7 @@ class Trials:
         """Mean loss with `block` (None: nothing) in place of block `at`; without `at`, of the model as it is."""
         total, count = 0.0, 0
         for batch, inputs in zip(self.batches, self.inputs, strict=True):
-            swapped = {}
+            swapped: dict[int, nn.Module] = {}
             if at is not None:
                 swapped = {i: PassOn(self.wrapping) for i in range(at)}
                 swapped[at] = PassOn(self.wrapping, inputs[at]) if block is None else _Enter(block, inputs[at])
