@@ -27,6 +27,7 @@ def two_ssp(
     *,
     alpha: Annotated[float, "the larger, the more attentions go and the fewer neurons"] = 1.5,
     refit: Annotated[str, "none, layer or dense: what the FFN's last layer is refitted to after neurons went"] = "none",
+    choice: Annotated[str, "activation (the paper) or obs: which neurons stay"] = "activation",
     samples: Annotated[int, "calibration windows of the first stage; 0 takes all"] = 0,
     trials: Annotated[int, "calibration windows on which the loss without an attention is measured"] = 16,
     multiple: Annotated[int, "neurons are kept in multiples of this"] = MULTIPLE,
@@ -41,13 +42,14 @@ def two_ssp(
     lowest, measured on the model as it is by then.
 
     Not in the paper: `refit`, a least-squares fit of the FFN's last layer to the neurons that stay ("layer": to its own
-    dense outputs; "dense": to those of the dense model, which makes good the blocks before as well).
+    dense outputs; "dense": to those of the dense model, which makes good the blocks before as well), and `choice="obs"`,
+    the neurons that a refit can replace best, one by one, as in width-ls.
 
     Raises:
         PumiceError: blocks that are not norm, attention, norm, FFN; no data; alpha not positive; a density that cannot be
             reached.
     """
-    check_refit(refit)
+    check_refit(refit, choice)
     if not alpha > 0:
         raise PumiceError(f"option alpha={alpha} of shrink '2ssp' must be positive.")
     batches = sample(job, samples or 10**9)
@@ -64,7 +66,7 @@ def two_ssp(
     counts = uniform(model, groups, first, multiple)
     scores = activation_norms(model, groups, batches, job)
     cuts = [(g, select.topk(scores[g.name], kept)) for g, kept in zip(groups, counts, strict=True)]
-    cut(model, cuts, batches, job, refit)
+    cut(model, cuts, batches, job, refit, choice)
     gone = _remove_attentions(model, name, layers, parts, count, sample(job, trials), job) if count else []
     job.notes.append(
         f"{name}: {counts[0]} of {groups[0].units} neurons in every FFN; attentions removed: "
