@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 from torch import nn
 
-from pumice.core import select
+from pumice.core import select, structure
 from pumice.core.errors import PumiceError
 from pumice.core.progress import bar
 from pumice.core.registry import shrink
@@ -43,6 +43,10 @@ def depth(
     if by not in CRITERIA:
         raise PumiceError(f"option by={by!r} of shrink 'depth' is not known: use {' or '.join(CRITERIA)}.")
     name, layers = find_blocks(model)
+    if structure.changed(model):
+        raise PumiceError(
+            f"{type(model).__name__} was shrunk before, block by block: remove blocks first, then channels."
+        )
     if (config := config_of(model, name)) is not None:
         _check_config(model, config, name, len(layers))
     batches = sample(job, samples or (10**9 if by == "influence" else 16))
@@ -98,12 +102,15 @@ def keep_blocks(model: nn.Module, name: str, layers: nn.ModuleList, kept: Sequen
         PumiceError: the config counts other layers than the list has, or means blocks by their number.
     """
     config, total = config_of(model, name), len(layers)
-    if config is not None:
-        _check_config(model, config, name, total)
-        changes = {key: _renumbered(value, kept, total) for key, value in _layer_lists(config)}
-        config.num_hidden_layers = len(kept)
-        for key, value in changes.items():
-            setattr(config, key, value)
+    if config is None:
+        # Nothing else remembers how many blocks there were.
+        structure.drop_blocks(model, name, kept)
+        return
+    _check_config(model, config, name, total)
+    changes = {key: _renumbered(value, kept, total) for key, value in _layer_lists(config)}
+    config.num_hidden_layers = len(kept)
+    for key, value in changes.items():
+        setattr(config, key, value)
     blocks = [layers[index] for index in kept]
     for new, (old, block) in enumerate(zip(kept, blocks, strict=True)):
         for module in block.modules():
