@@ -90,7 +90,7 @@ def keep_ratios(importance: Sequence[float], a: float) -> list[float]:
 
 
 def granule(width: int) -> int:
-    """Power of two near a 64th of the width, 128 at most: 16 of 1536, 128 of 11008."""
+    """Power of two near a 64th of the width, 128 at most: 32 of 1536, 128 of 11008."""
     return max(1, min(WIDEST, 2 ** round(math.log2(max(width, 1) / 64)))) if width >= 64 else 1
 
 

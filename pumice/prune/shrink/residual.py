@@ -59,82 +59,88 @@ def find_residual(model: nn.Module, batch: Any) -> Residual:
     """
     name, layers = find_blocks(model)
     parts = find_parts(model, layers, batch)
-    branches = []
-    for index, part in enumerate(parts):
-        for norm in (part.norm_1, part.norm_2):
-            branches.append(Branch(layers[index].get_submodule(norm), f"{name}.{index}.{norm}"))
-    inside = {id(module) for module in layers.modules()}
-    outside = {name: module for name, module in model.named_modules() if id(module) not in inside}
-    final = _watch(model, name, layers, parts, branches, outside, batch)
+    branches = [
+        Branch(layers[index].get_submodule(norm), f"{name}.{index}.{norm}")
+        for index, part in enumerate(parts)
+        for norm in (part.norm_1, part.norm_2)
+    ]
+    _find_neighbours(model, branches, _linear_maps(name, layers, parts), batch)
+    final = _find_final(model, layers, batch)
     width = branches[0].readers[0].shape_OI[1]
-    embeddings = [one for one in outside.values() if isinstance(one, nn.Embedding) and one.embedding_dim == width]
+    inside = {id(module) for module in layers.modules()}
+    outside = [one for one in model.modules() if isinstance(one, nn.Embedding) and id(one) not in inside]
+    embeddings = [one for one in outside if one.embedding_dim == width]
     if not embeddings:
         raise PumiceError(f"{type(model).__name__} has no embedding of the width {width} of its blocks: not supported.")
     centred = isinstance(branches[0].norm, nn.LayerNorm)
-    found = Residual(name, layers, parts, branches, embeddings, final, width, centred)
     for branch in [*branches, final]:
         _gain(branch.norm, branch.norm_name)
         if isinstance(branch.norm, nn.LayerNorm) != centred:
             raise PumiceError(f"{branch.norm_name}: norms with and without mean in one model cannot be folded.")
-    return found
+    return Residual(name, layers, parts, branches, embeddings, final, width, centred)
 
 
-def _watch(
-    model: nn.Module,
-    blocks_name: str,
-    layers: nn.ModuleList,
-    parts: Sequence[Parts],
-    branches: Sequence[Branch],
-    outside: dict[str, nn.Module],
-    batch: Any,
-) -> Branch:
-    """Fill in readers and writers of the branches; returns the final norm with the head as its reader."""
-    maps: list[tuple[WeightView, int]] = []
+def _linear_maps(blocks_name: str, layers: nn.ModuleList, parts: Sequence[Parts]) -> list[tuple[WeightView, int]]:
+    """Every weight inside the blocks, with the number of the branch that it lies in."""
+    maps = []
     for index, part in enumerate(parts):
         for name, module in layers[index].named_modules():
             top = name.split(".")[0]
-            if (
-                top != part.norm_1
-                and top != part.norm_2
-                and (views := module_views(f"{blocks_name}.{index}.{name}", module))
-            ):
-                if len(views) > 1 or not hasattr(module, "bias"):
-                    raise PumiceError(f"{blocks_name}.{index}.{name}: expert tensors cannot be rotated yet.")
-                maps.append((views[0], 2 * index + (top != part.attention)))
-    leaves = [(name, module) for name, module in outside.items() if not any(True for _ in module.children())]
-    norms, watched = [branch.norm for branch in branches], [module for _, module in leaves]
-    read: dict[int, Branch] = {}
-    last: list[Any] = []
-    final: list[Branch] = []
+            views = module_views(f"{blocks_name}.{index}.{name}", module)
+            if top in (part.norm_1, part.norm_2) or not views:
+                continue
+            if len(views) > 1 or not hasattr(module, "bias"):
+                raise PumiceError(f"{blocks_name}.{index}.{name}: expert tensors cannot be rotated.")
+            maps.append((views[0], 2 * index + (top != part.attention)))
+    return maps
+
+
+def _find_neighbours(
+    model: nn.Module, branches: Sequence[Branch], maps: Sequence[tuple[WeightView, int]], batch: Any
+) -> None:
+    """Fill in who reads each branch's norm (the very tensor that it gives), and which of its layers runs last."""
+    # The tensors are held, or the id of one could come back as another's.
+    given: dict[int, tuple[Tensor, Branch]] = {}
 
     def see(index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if index < len(norms):
-            read[id(output)] = branches[index]
-            keep.append(output)
-        elif index < len(norms) + len(maps):
-            view, branch = maps[index - len(norms)]
-            if args and id(args[0]) in read:
-                read[id(args[0])].readers.append(view)
-            branches[branch].writer = view
-        elif (at := index - len(norms) - len(maps)) < len(watched):
-            if last and args and args[0] is last[0]:
-                final.append(Branch(watched[at], leaves[at][0]))
-        elif index == len(norms) + len(maps) + len(watched) + len(layers) - 1:
-            last.append(hidden_of(output))
+        if index < len(branches):
+            given[id(output)] = output, branches[index]
+            return
+        view, branch = maps[index - len(branches)]
+        if args and id(args[0]) in given:
+            given[id(args[0])][1].readers.append(view)
+        branches[branch].writer = view
 
-    keep: list[Any] = []
-    with watching([*norms, *(view.module for view, _ in maps), *watched, *layers], see):
+    with watching([*(branch.norm for branch in branches), *(view.module for view, _ in maps)], see):
         for _ in passes(model, [batch], "probe", PROBE):
             pass
     for branch in branches:
         if not branch.readers or branch.writer is None:
             raise PumiceError(f"{branch.norm_name}: no layer reads it directly, so that it cannot be folded.")
-    if len(final) != 1:
+
+
+def _find_final(model: nn.Module, layers: nn.ModuleList, batch: Any) -> Branch:
+    """The norm that reads what the last block gives, with the head as its reader."""
+    leaves = [(name, module) for name, module in model.named_modules() if not any(True for _ in module.children())]
+    last: list[Tensor] = []
+    found: list[Branch] = []
+
+    def see(index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if index == 0:
+            last.append(hidden_of(output))
+        elif last and args and args[0] is last[0]:
+            name, module = leaves[index - 1]
+            found.append(Branch(module, name))
+
+    with watching([layers[len(layers) - 1], *(module for _, module in leaves)], see):
+        for _ in passes(model, [batch], "probe", PROBE):
+            pass
+    if len(found) != 1:
         raise PumiceError(f"{type(model).__name__} has no single norm behind its last block: it cannot be rotated.")
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    names = [name for name, module in model.named_modules() if module is head]
-    final[0].readers = module_views(names[0], head) if head is not None and names else []
-    return final[0]
+    name = next((name for name, module in leaves if module is head), None)
+    found[0].readers = module_views(name, head) if isinstance(head, nn.Module) and name is not None else []
+    return found[0]
 
 
 def _gain(norm: nn.Module, name: str) -> Tensor:
