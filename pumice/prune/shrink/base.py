@@ -122,10 +122,5 @@ def calibrated(method: str, job: Job) -> list[Any]:
     return job.batches
 
 
-def unit_scores(per_position: Tensor, index_Um: Tensor) -> Tensor:
-    """Scores [U] of units from scores of positions: their mean."""
-    return per_position[index_Um].mean(1)
-
-
 Scores = Mapping[str, Tensor]
 """Group name -> scores [U]; the units with the highest stay."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pumice.core import select
 from pumice.core.errors import PumiceError
-from pumice.prune.shrink.base import Job, Scores, block_names, removable
+from pumice.prune.shrink.base import Job, Scores, block_names
 from pumice.prune.trace import Group
 
 ALLOCATIONS = ("uniform", "adaptive")
@@ -73,7 +73,6 @@ def choose(model: nn.Module, groups: Sequence[Group], scores: Scores, job: Job, 
         PumiceError: an unknown allocation, or a density that these groups cannot reach.
     """
     check_allocation(allocation, multiple)
-    removable(model, groups, job)
     if allocation == "uniform":
         counts = uniform(model, groups, job, multiple)
         return [(g, select.topk(scores[g.name], kept)) for g, kept in zip(groups, counts, strict=True)]
@@ -135,6 +134,14 @@ def _last(most: int, at: Callable[[int], list[int]], model: nn.Module, groups: S
     """The largest step 0..most whose counts fit into the density; counts grow with the step."""
     count = Count(model, groups)
     allowed = count.total * job.density + 0.5
+    least = at(0)
+    if count.after(least) > allowed:
+        share = count.after(least) / count.total
+        kinds = " and ".join(sorted({f"{group.kind}s" for group in groups}))
+        raise PumiceError(
+            f"density={job.density:g} cannot be reached by removing {kinds} alone: with the fewest that may stay "
+            f"{share:.1%} of the parameters inside the blocks are left; ask for more than that, or take another method."
+        )
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2

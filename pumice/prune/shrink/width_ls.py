@@ -86,7 +86,8 @@ def greedy(w_OI: Tensor, hessian_II: Tensor, columns_Um: Tensor, keep: int, damp
     Removing unit u costs tr(W_u (H⁻¹_uu)⁻¹ W_uᵀ); then W and H⁻¹ are updated as in the optimal brain surgeon, so that the
     costs of the others stay exact.
     """
-    weight = w_OI.clone()
+    # Inputs that are always zero cost nothing, whatever the damping makes of them.
+    weight = w_OI * (torch.diagonal(hessian_II) > 0)
     inverse, _ = damped_inverse(hessian_II, damp)
     alive = torch.ones(len(columns_Um), dtype=torch.bool, device=weight.device)
     for _ in range(len(columns_Um) - keep):
