@@ -41,6 +41,10 @@ REACH = {"heads": 0.92}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "width": [{"heads": True}],
     "flap": [{"allocation": "uniform"}, {"heads": False, "allocation": "uniform"}],
+    "depth": [{"by": "loss"}],
+    "slicegpt": [{"rotations": "one"}],
+    "2ssp": [{"refit": "layer"}, {"refit": "dense"}, {"refit": "dense", "choice": "obs"}],
+    "cfsp": [{"refit": "dense"}],
     "width-ls": [{"choice": "activation"}, {"choice": "contribution"}, {"heads": True}],
 }
 """Rows of a method beside the one with its own defaults."""
