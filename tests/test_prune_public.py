@@ -1,6 +1,7 @@
 """`pumice.prune` from Python: in memory, from disk to disk, interrupted and resumed, planned beforehand."""
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,41 @@ def test_from_disk_to_disk_equals_in_memory(folder, tmp_path, method):
     assert result.density == pytest.approx(0.5, abs=0.02)
     assert result.path == str(out)
     assert not any("loaded whole" in note for note in result.notes)
+
+
+def test_a_checkpoint_in_many_files_keeps_one_of_them_open(folder, tmp_path, monkeypatch):
+    from pumice.engine import disk
+
+    load(folder).save_pretrained(tmp_path / "many", max_shard_size="20KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
+    real, opened = disk.safe_open, []
+
+    class Opened:
+        """Files themselves take no weak references."""
+
+        def __init__(self, file, **options):
+            self.file = real(file, **options)
+            opened.append(weakref.ref(self))
+
+        def get_tensor(self, name):
+            return self.file.get_tensor(name)
+
+    monkeypatch.setattr(disk, "safe_open", Opened)
+    most = []
+
+    def seen(shards, name):
+        tensor = get(shards, name)
+        most.append(sum(one() is not None for one in opened))
+        return tensor
+
+    get = disk.Shards.get
+    monkeypatch.setattr(disk.Shards, "get", seen)
+    prune(str(tmp_path / "many"), "wanda", density=0.5, data=IDS, out=tmp_path / "out", progress=False)
+    assert len(opened) > 3
+    assert max(most) == 1
+    model = load(folder)
+    prune(model, "wanda", density=0.5, data=IDS, progress=False)
+    assert_same(weights(load(tmp_path / "out")), weights(model))
 
 
 class Stop(Exception):
