@@ -139,12 +139,32 @@ def test_a_resumed_run_equals_an_uninterrupted_one(folder, tmp_path, axes, in_me
     assert_same(weights(load(tmp_path / "cut")), weights(load(tmp_path / "whole")))
 
 
+def test_a_disk_that_fills_at_the_tokenizer_keeps_the_blocks(folder, tmp_path):
+    """The tokenizers library reports it by a bare Exception."""
+
+    class Full:
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def save_pretrained(self, folder):
+            raise Exception("No space left on device (os error 28)")
+
+    options = {"density": 0.5, "data": IDS, "out": tmp_path / "out", "progress": False}
+    with pytest.raises(PumiceError, match=r"is full: the tokenizer does not fit.*continue with resume"):
+        prune(str(folder), "wanda", tokenizer=Full(tiny.tokenizer()), **options)
+    result = prune(str(folder), "wanda", resume=True, **options)
+    assert result.resumed_units == 4
+
+
 def test_resume_with_other_settings_is_refused(folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         interrupt_after(1, patched)
         with pytest.raises(Stop):
             prune(str(folder), "wanda", density=0.5, data=IDS, out=tmp_path / "out", progress=False)
-    with pytest.raises(PumiceError, match="recipe"):
+    with pytest.raises(PumiceError, match=r"had recipe\.density=0\.5, now it is 0\.4"):
         prune(str(folder), "wanda", density=0.4, data=IDS, out=tmp_path / "out", resume=True, progress=False)
     with pytest.raises(PumiceError, match="--resume"):
         prune(str(folder), "wanda", density=0.5, data=IDS, out=tmp_path / "out", progress=False)
