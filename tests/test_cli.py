@@ -315,6 +315,16 @@ def test_report_measures_and_compares(place, tmp_path):
     assert "dense wins" in run("report", one).stdout
 
 
+def test_report_times_an_image_model(tmp_path):
+    tiny.vit().save_pretrained(tmp_path / "model")
+    run("prune", tmp_path / "model", "-o", tmp_path / "out", "--method", "magnitude", "--density", "0.5")
+    found("report", tmp_path / "out", "--measure", "--repeats", "1")
+    record = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert all(column["speed"][0]["forward"] > 0 for column in record["columns"])
+    assert {row: layer["ms"][row] > 0 for layer in record["packed"] for row in layer["ms"]} == {"4": True}
+    assert any("does not read text" in note for note in record["notes"])
+
+
 def test_report_refuses_what_is_no_run(place, tmp_path):
     assert "no report.json and is no Pumice checkpoint" in refused("report", place / "model")
     assert "ends in .html" in refused("report", place / "pruned", "-o", tmp_path / "page.pdf")

@@ -112,8 +112,16 @@ def test_too_short_says_what_is_there_and_what_is_needed():
         calibration_windows(tiny.words(30), tiny.tokenizer(), seqlen=64)
     with pytest.raises(PumiceError, match=r"30 tokens.*seqlen = 64"):
         evaluation_windows(tiny.words(30), tiny.tokenizer(), 64)
+    with pytest.raises(PumiceError, match=r"data='short\.txt' is too short: it has 30 tokens"):
+        evaluation_windows(tiny.words(30), tiny.tokenizer(), 64, source="short.txt")
     with pytest.raises(PumiceError, match="samples = 0"):
         calibration_windows(tiny.words(30), tiny.tokenizer(), samples=0, seqlen=4)
+
+
+def test_an_empty_file_is_named(tmp_path):
+    (tmp_path / "none.txt").write_text(" \n")
+    with pytest.raises(PumiceError, match=r"none\.txt' is empty"):
+        load_text(tmp_path / "none.txt")
 
 
 def test_evaluation_windows_are_consecutive():

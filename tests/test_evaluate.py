@@ -171,6 +171,15 @@ def test_evaluate_refuses():
         evaluate(Classifier(torch.eye(3)), data=[torch.randn(2, 3)])
 
 
+def test_an_unknown_task_is_refused_before_anything_is_evaluated(tmp_path, monkeypatch):
+    write(tmp_path / "copa.jsonl", [{"query": "w1", "choices": ["w2", "w3"], "gold": 0}])
+    monkeypatch.setattr("pumice.engine.zeroshot.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("pumice.engine.evaluate.perplexity", lambda *_, **__: pytest.fail("evaluated"))
+    for options in ({"tasks": ["copaa"], "tasks_dir": tmp_path}, {"tasks": [str(tmp_path / "gone.jsonl")]}):
+        with pytest.raises(PumiceError, match=r"copaa.*holds copa|gone\.jsonl"):
+            evaluate(tiny.llama(), data=ids(), tokenizer=tiny.tokenizer(), progress=False, **options)
+
+
 def test_top1():
     x = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1]])
     labels = torch.tensor([0, 1, 2, 0])
@@ -380,8 +389,8 @@ def test_lm_eval_gives_what_our_own_count_gives(tmp_path, monkeypatch):
     ours = jsonl_task(model, tokenizer, file, progress=False)
     assert theirs == pytest.approx(ours)
     assert 0 < ours["acc"] < 1
-    with pytest.raises(PumiceError, match="could not run tasks no_such_task"):
-        lm_eval_tasks(model, tokenizer, ["no_such_task"])
+    with pytest.raises(PumiceError, match=r"no_such_task.*nor known to lm-eval"):
+        run_tasks(model, tokenizer, ["no_such_task"])
 
 
 def test_shared_tasks_have_the_known_shapes():

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pumice.core.errors import PumiceError
-from pumice.engine.bench import bench, model_bytes
+from pumice.engine.bench import bench, model_bytes, rows_of
 from pumice.engine.generate import generate
 from tests import tiny
 
@@ -155,6 +155,20 @@ def test_bench_makes_dense_from_a_copy(monkeypatch):
     assert seen[0] is not packed
     given = bench(packed, against=nn.Linear(4, 8), batch=1, repeats=1, inputs=torch.ones(2, 4))
     assert given.bytes == {"dense": 160, "sparse": 80}
+
+
+def test_bench_of_an_image_model_needs_no_inputs():
+    """The config says how large its pictures are; each model gets them in its own type."""
+    result = bench({"dense": tiny.vit(), "sparse": tiny.vit().to(torch.bfloat16)}, batch=(1, 2), **QUICK)
+    assert all(row.forward and row.prefill is None for row in result.rows)
+    assert result.settings["prompt_tokens"] is None
+
+
+def test_rows_that_layers_see():
+    assert rows_of(tiny.llama(), (1, 16), 128) == [1, 16]
+    assert rows_of(tiny.bert(), (1, 2), 24) == [24, 48]
+    # 16 x 16 pixels in patches of 8 x 8.
+    assert rows_of(tiny.vit(), (1, 3), 128) == [4, 12]
 
 
 def test_bench_of_encoders_and_t5():

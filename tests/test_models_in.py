@@ -1,6 +1,7 @@
 """Loading: every kind of source, and one clear error for each that is broken."""
 
 import json
+import struct
 import subprocess
 import sys
 
@@ -153,6 +154,10 @@ def test_gguf_files(tmp_path):
     with pytest.raises(PumiceError, match=r"several GGUF files \(a\.gguf, b\.gguf\)"):
         load_model(tmp_path)
     with pytest.raises(PumiceError, match=r"a\.gguf"):
+        load_model(tmp_path / "a.gguf")
+    # A header that promises one tensor and five facts, cut off before the first.
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + struct.pack("<IQQQ", 3, 1, 5, 12) + b"gen")
+    with pytest.raises(PumiceError, match=r"a\.gguf.*damaged"):
         load_model(tmp_path / "a.gguf")
     (tmp_path / "a.gguf").write_bytes(b"nope")
     with pytest.raises(PumiceError, match="not GGUF"):

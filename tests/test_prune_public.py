@@ -1,6 +1,7 @@
 """`pumice.prune` from Python: in memory, from disk to disk, interrupted and resumed, planned beforehand."""
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,41 @@ def test_from_disk_to_disk_equals_in_memory(folder, tmp_path, method):
     assert not any("loaded whole" in note for note in result.notes)
 
 
+def test_a_checkpoint_in_many_files_keeps_one_of_them_open(folder, tmp_path, monkeypatch):
+    from pumice.engine import disk
+
+    load(folder).save_pretrained(tmp_path / "many", max_shard_size="20KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
+    real, opened = disk.safe_open, []
+
+    class Opened:
+        """Files themselves take no weak references."""
+
+        def __init__(self, file, **options):
+            self.file = real(file, **options)
+            opened.append(weakref.ref(self))
+
+        def get_tensor(self, name):
+            return self.file.get_tensor(name)
+
+    monkeypatch.setattr(disk, "safe_open", Opened)
+    most = []
+
+    def seen(shards, name):
+        tensor = get(shards, name)
+        most.append(sum(one() is not None for one in opened))
+        return tensor
+
+    get = disk.Shards.get
+    monkeypatch.setattr(disk.Shards, "get", seen)
+    prune(str(tmp_path / "many"), "wanda", density=0.5, data=IDS, out=tmp_path / "out", progress=False)
+    assert len(opened) > 3
+    assert max(most) == 1
+    model = load(folder)
+    prune(model, "wanda", density=0.5, data=IDS, progress=False)
+    assert_same(weights(load(tmp_path / "out")), weights(model))
+
+
 class Stop(Exception):
     pass
 
@@ -103,12 +139,32 @@ def test_a_resumed_run_equals_an_uninterrupted_one(folder, tmp_path, axes, in_me
     assert_same(weights(load(tmp_path / "cut")), weights(load(tmp_path / "whole")))
 
 
+def test_a_disk_that_fills_at_the_tokenizer_keeps_the_blocks(folder, tmp_path):
+    """The tokenizers library reports it by a bare Exception."""
+
+    class Full:
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def save_pretrained(self, folder):
+            raise Exception("No space left on device (os error 28)")
+
+    options = {"density": 0.5, "data": IDS, "out": tmp_path / "out", "progress": False}
+    with pytest.raises(PumiceError, match=r"is full: the tokenizer does not fit.*continue with resume"):
+        prune(str(folder), "wanda", tokenizer=Full(tiny.tokenizer()), **options)
+    result = prune(str(folder), "wanda", resume=True, **options)
+    assert result.resumed_units == 4
+
+
 def test_resume_with_other_settings_is_refused(folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         interrupt_after(1, patched)
         with pytest.raises(Stop):
             prune(str(folder), "wanda", density=0.5, data=IDS, out=tmp_path / "out", progress=False)
-    with pytest.raises(PumiceError, match="recipe"):
+    with pytest.raises(PumiceError, match=r"had recipe\.density=0\.5, now it is 0\.4"):
         prune(str(folder), "wanda", density=0.4, data=IDS, out=tmp_path / "out", resume=True, progress=False)
     with pytest.raises(PumiceError, match="--resume"):
         prune(str(folder), "wanda", density=0.5, data=IDS, out=tmp_path / "out", progress=False)

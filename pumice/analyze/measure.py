@@ -160,17 +160,18 @@ def _speed(
     best_dense: bool,
     progress: bool,
 ) -> None:
-    from pumice.engine.bench import bench
+    from pumice.engine.bench import bench, rows_of
     from pumice.engine.models import context_length
     from pumice.engine.pack import describe, pack
 
-    models = {"dense": dense, "sparse": pack(sparse, batch=batch, progress=progress)}
-    if best_dense:
-        models["packed"] = pack(copy.deepcopy(dense), batch=batch, progress=progress)
-        run.columns.append(replace(run.columns[0], name=f"{run.columns[0].name}, packed", tasks={}))
-    run.packed = [{k: v for k, v in layer.items() if k != "timings"} for layer in describe(sparse).to_dict()["layers"]]
     room = context_length(dense) or sys.maxsize
     lengths = {"prompt_tokens": min(128, room // 2), "new_tokens": min(32, max(room // 4, 1))}
+    rows = rows_of(dense, batch, lengths["prompt_tokens"])
+    models = {"dense": dense, "sparse": pack(sparse, batch=rows, progress=progress)}
+    if best_dense:
+        models["packed"] = pack(copy.deepcopy(dense), batch=rows, progress=progress)
+        run.columns.append(replace(run.columns[0], name=f"{run.columns[0].name}, packed", tasks={}))
+    run.packed = [{k: v for k, v in layer.items() if k != "timings"} for layer in describe(sparse).to_dict()["layers"]]
     try:
         timed = bench(models, against=None, batch=batch, repeats=repeats, tokenizer=tokenizer, **lengths)
     except PumiceError as error:

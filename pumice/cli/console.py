@@ -32,7 +32,7 @@ class Output:
 def command(app: typer.Typer, name: str, *, on_interrupt: str = "") -> Callable[[Callable[..., Output]], Any]:
     """Decorator: a function that returns `Output` becomes a command with `--json`.
 
-    A `PumiceError` is one line on stderr and exit code 2; Ctrl-C is exit code 130 with `on_interrupt` as the remedy
+    A `PumiceError` (or a file that cannot be read or written) is one line on stderr and exit code 2; Ctrl-C is exit code 130 with `on_interrupt` as the remedy
     (its {out} is the option `out`). With `--json` everything but the JSON goes to stderr.
     """
 
@@ -45,6 +45,11 @@ def command(app: typer.Typer, name: str, *, on_interrupt: str = "") -> Callable[
                     output = function(**options)
             except PumiceError as error:
                 fail(str(error))
+                raise typer.Exit(REFUSED) from None
+            except OSError as error:
+                # Files of the user's that a library opens by itself; the remedy is in the reason.
+                place = f"{error.filename}: " if error.filename else ""
+                fail(f"{place}{error.strerror or error}: check the path, its permissions and the free space.")
                 raise typer.Exit(REFUSED) from None
             except KeyboardInterrupt:
                 interrupted(on_interrupt.format(out=options.get("out") or "OUT"))

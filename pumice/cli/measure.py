@@ -123,6 +123,7 @@ def bench(
 ) -> Output:
     """Speed: prefill and decode beside dense, in turns, medians."""
     from pumice.engine.bench import bench as run_bench
+    from pumice.engine.bench import rows_of
     from pumice.engine.pack import pack as run_pack
     from pumice.engine.pack import unpack
 
@@ -134,7 +135,9 @@ def bench(
         models["dense"] = unpack(copy.deepcopy(loaded.model))
     elif against != "none":
         models["dense"] = _load(against, device, dtype).model
-    models["sparse"] = run_pack(loaded.model, batch=sizes) if packed else loaded.model
+    models["sparse"] = (
+        run_pack(loaded.model, batch=rows_of(loaded.model, sizes, prompt_tokens)) if packed else loaded.model
+    )
     result = run_bench(
         models,
         against=None,

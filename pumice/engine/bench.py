@@ -76,8 +76,8 @@ def bench(
 
     `model`: one module (shown as "sparse"), or several by name. `against`: a dense module, "dense" (made by unpacking
     a copy, which needs the memory for it; an entry named "dense" of `model` is used instead), or None. Language models
-    read `prompt_tokens` tokens and decode `new_tokens` with a KV cache; other modules run forward on `inputs`, whose
-    first example is repeated to each batch size. One round warms up, then the median of `repeats` rounds counts.
+    read `prompt_tokens` tokens and decode `new_tokens` with a KV cache; other modules run forward on `inputs` (image models
+    of Transformers on a random picture without it), whose first example is repeated to each batch size. One round warms up, then the median of `repeats` rounds counts.
     With `tokenizer`, prompts are drawn from its vocabulary's size. Raises PumiceError for settings that cannot be.
     """
     from pumice.kernels.features import machine_stamp
@@ -88,8 +88,9 @@ def bench(
             raise PumiceError(f"{name} = {values} must hold whole numbers of at least 1.")
     models = _models(model, against)
     first = next(iter(models.values()))
+    read_tokens = inputs is None and example_images(first) is None
     limit = context_length(first)
-    if inputs is None and limit is not None and prompt_tokens + new_tokens > limit:
+    if read_tokens and limit is not None and prompt_tokens + new_tokens > limit:
         raise PumiceError(
             f"prompt_tokens {prompt_tokens} + new_tokens {new_tokens} exceed the context of {limit}: lower either."
         )
@@ -105,12 +106,39 @@ def bench(
     _ratios(rows)
     settings = {
         "threads": used,
-        "prompt_tokens": None if inputs is not None else prompt_tokens,
-        "new_tokens": None if inputs is not None else new_tokens,
+        "prompt_tokens": prompt_tokens if read_tokens else None,
+        "new_tokens": new_tokens if read_tokens else None,
         "repeats": repeats,
         "dtypes": {name: _dtype(net) for name, net in models.items()},
     }
     return BenchResult(rows, {name: model_bytes(net) for name, net in models.items()}, settings, machine_stamp())
+
+
+def example_images(model: nn.Module) -> dict[str, Tensor] | None:
+    """One random image as the config of a Hugging Face image model describes it, or None for any other model.
+
+    Times do not depend on what a picture shows.
+    """
+    config: Any = getattr(model, "config", None)
+    if config is None or getattr(model, "main_input_name", "") != "pixel_values":
+        return None
+    size = getattr(config, "image_size", None) or 224
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    shape = (1, getattr(config, "num_channels", 3), height, width)
+    pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return {"pixel_values": pixels.to(device_of(model), next(model.parameters()).dtype)}
+
+
+def rows_of(model: nn.Module, batch: Sequence[int], tokens: int) -> list[int]:
+    """Rows that a linear layer sees at these batch sizes, to pack for: one per sequence where a model decodes, else
+    every token, or every patch of an image."""
+    if model_kind(model) == "causal-lm":
+        return list(batch)
+    images = example_images(model)
+    if images is not None:
+        patch = getattr(getattr(model, "config", None), "patch_size", None)
+        tokens = images["pixel_values"][0, 0].numel() // patch**2 if isinstance(patch, int) else tokens
+    return [size * max(1, tokens) for size in batch]
 
 
 def model_bytes(model: nn.Module) -> int:
@@ -146,6 +174,7 @@ Timed = Callable[[], dict[str, tuple[float, float]]]
 def _runner(model: nn.Module, inputs: Any, size: int, prompt_tokens: int, new_tokens: int, tokenizer: Any) -> Timed:
     """A function that runs once and returns measure -> (amount, seconds)."""
     device = device_of(model)
+    inputs = example_images(model) if inputs is None else inputs
     if inputs is not None:
         example = to_device(as_inputs(model, inputs), device)
         repeated = {name: _repeat(value, size) for name, value in example.items()}

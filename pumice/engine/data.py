@@ -96,6 +96,8 @@ def _read_file(path: Path) -> Text:
             return _texts_of((json.loads(line) for line in text.splitlines() if line.strip()), str(path))
     except (ValueError, OSError) as error:
         raise PumiceError(f"data {str(path)!r} cannot be read as {suffix or 'text'} ({error}).") from error
+    if not text.strip():
+        raise PumiceError(f"data={str(path)!r} is empty: name a file with text.")
     if _SEPARATOR not in text:
         return text
     return [document for part in text.split(_SEPARATOR) if (document := part.strip())]
@@ -173,44 +175,43 @@ def _encode(tokenizer: Any, text: str, special: bool = True) -> list[int]:
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
-def random_windows(tokens: Tensor, samples: int, seqlen: int, seed: int = 0) -> Tensor:
-    """`samples` windows of `seqlen` tokens with random starts, [samples, seqlen]; they may overlap."""
+def random_windows(tokens: Tensor, samples: int, seqlen: int, seed: int = 0, *, source: Any = None) -> Tensor:
+    """`samples` windows of `seqlen` tokens with random starts, [samples, seqlen]; they may overlap.
+
+    `source`: what the tokens are from, for the PumiceError that a text too short for one window raises.
+    """
     _check_count("samples", samples)
     _check_count("seqlen", seqlen)
+    _check_length(tokens, seqlen, source)
     room = len(tokens) - seqlen
-    if room < 0:
-        raise PumiceError(
-            f"data is too short: it has {len(tokens):,} tokens and one window needs seqlen = {seqlen:,}: give more "
-            "text or a smaller seqlen."
-        )
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(0, room + 1, (samples,), generator=generator)
     return tokens[starts[:, None] + torch.arange(seqlen)]
 
 
-def consecutive_windows(tokens: Tensor, seqlen: int, max_windows: int | None = None) -> Tensor:
+def consecutive_windows(tokens: Tensor, seqlen: int, max_windows: int | None = None, *, source: Any = None) -> Tensor:
     """Non-overlapping windows from the start of `tokens`, [n, seqlen]; the remainder is left out."""
     _check_count("seqlen", seqlen)
+    _check_length(tokens, seqlen, source)
     count = len(tokens) // seqlen
-    if count == 0:
-        raise PumiceError(
-            f"data is too short: it has {len(tokens):,} tokens and one window needs seqlen = {seqlen:,}: give more "
-            "text or a smaller seqlen."
-        )
     if max_windows is not None:
         _check_count("max_windows", max_windows)
         count = min(count, max_windows)
     return tokens[: count * seqlen].view(count, seqlen)
 
 
-def calibration_windows(text: Text, tokenizer: Any, samples: int = 64, seqlen: int = 1024, seed: int = 0) -> Tensor:
+def calibration_windows(
+    text: Text, tokenizer: Any, samples: int = 64, seqlen: int = 1024, seed: int = 0, *, source: Any = None
+) -> Tensor:
     """Windows drawn at random from the tokenised text as SparseGPT and Wanda do, LongTensor [samples, seqlen]."""
-    return random_windows(tokenize(text, tokenizer), samples, seqlen, seed)
+    return random_windows(tokenize(text, tokenizer), samples, seqlen, seed, source=source)
 
 
-def evaluation_windows(text: Text, tokenizer: Any, seqlen: int, max_windows: int | None = None) -> Tensor:
+def evaluation_windows(
+    text: Text, tokenizer: Any, seqlen: int, max_windows: int | None = None, *, source: Any = None
+) -> Tensor:
     """Non-overlapping windows of the tokenised text in order, LongTensor [n, seqlen]."""
-    return consecutive_windows(tokenize(text, tokenizer), seqlen, max_windows)
+    return consecutive_windows(tokenize(text, tokenizer), seqlen, max_windows, source=source)
 
 
 def windows_from_documents(
@@ -230,6 +231,15 @@ def windows_from_documents(
     """
     tokens = tokenize([document.strip() for document in docs], tokenizer, bos=bos)
     return random_windows(tokens, samples, seqlen, seed) if random else consecutive_windows(tokens, seqlen, samples)
+
+
+def _check_length(tokens: Tensor, seqlen: int, source: Any) -> None:
+    if len(tokens) < seqlen:
+        name = f"data={str(source)!r}" if isinstance(source, (str, Path)) else "data"
+        raise PumiceError(
+            f"{name} is too short: it has {len(tokens):,} tokens and one window needs seqlen = {seqlen:,}: give more "
+            "text or a smaller seqlen."
+        )
 
 
 def is_text(data: Any) -> bool:
@@ -264,7 +274,10 @@ def make_data(
     if is_text(data):
         _check_reads_text(model, tokenizer)
         text = data if isinstance(data, list) else load_text(data)
-        return _text_batches(model, tokenizer, text, samples, seqlen, seed, batch_size)
+        seqlen = min(seqlen, context_length(model) or seqlen)
+        both = bool(getattr(model.config, "is_encoder_decoder", False))
+        windows = calibration_windows(text, tokenizer, samples, seqlen * (1 + both), seed, source=data)
+        return _text_batches(model, tokenizer, windows, batch_size)
     if isinstance(data, Tensor):
         rows = data[None] if data.dim() == 1 else data
         return [as_inputs(model, batch) for batch in rows[:samples].split(batch_size)]
@@ -309,18 +322,15 @@ def _check_reads_text(model: nn.Module, tokenizer: Any | None) -> None:
         raise PumiceError("data is text and the model has no tokenizer: pass tokenizer=, or token ids as data.")
 
 
-def _text_batches(
-    model: nn.Module, tokenizer: Any, text: Text, samples: int, seqlen: int, seed: int, batch_size: int
-) -> list[dict[str, Any]]:
-    seqlen = min(seqlen, context_length(model) or seqlen)
+def _text_batches(model: nn.Module, tokenizer: Any, windows: Tensor, batch_size: int) -> list[dict[str, Any]]:
+    """Windows of tokens as a text model reads them; the second half is the target of an encoder-decoder."""
     config: Any = model.config
     if getattr(config, "is_encoder_decoder", False):
-        windows = calibration_windows(text, tokenizer, samples, 2 * seqlen, seed)
-        decoder = windows[:, seqlen:].roll(1, dims=1)
+        inputs, decoder = windows.chunk(2, dim=1)
+        decoder = decoder.roll(1, dims=1)
         decoder[:, 0] = config.decoder_start_token_id or 0
-        batches = zip(windows[:, :seqlen].split(batch_size), decoder.split(batch_size), strict=True)
+        batches = zip(inputs.split(batch_size), decoder.split(batch_size), strict=True)
         return [{"input_ids": ids, "decoder_input_ids": target} for ids, target in batches]
-    windows = calibration_windows(text, tokenizer, samples, seqlen, seed)
     if model_kind(model) in ("encoder", "masked-lm", "text-classifier") and tokenizer.cls_token_id is not None:
         # These models always saw [CLS] ... [SEP]; a bare window would be another distribution.
         windows[:, 0], windows[:, -1] = tokenizer.cls_token_id, tokenizer.sep_token_id

@@ -20,7 +20,11 @@ from pumice.engine.writer import Writer, join, restore_entry
 
 
 class Shards:
-    """Random access to the tensors of a checkpoint folder, without reading a file as a whole."""
+    """Random access to the tensors of a checkpoint folder, without reading a file as a whole.
+
+    One file is open at a time: a mapped file counts as the process's own memory where that is limited, until the last
+    tensor taken from it is gone.
+    """
 
     def __init__(self, folder: Path) -> None:
         index = folder / "model.safetensors.index.json"
@@ -32,19 +36,18 @@ class Shards:
                 with safe_open(file, framework="pt") as opened:
                     self.where.update(dict.fromkeys(opened.keys(), file.name))
         self.folder = folder
-        self._stack = ExitStack()
-        self._open: dict[str, Any] = {}
+        self._open: tuple[str, Any] | None = None
 
     def get(self, name: str) -> Tensor:
         """One tensor by its name in the checkpoint."""
         file = self.where[name]
-        if file not in self._open:
-            self._open[file] = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
-        return self._open[file].get_tensor(name)
+        if self._open is None or self._open[0] != file:
+            self.close()
+            self._open = (file, safe_open(self.folder / file, framework="pt"))
+        return self._open[1].get_tensor(name)
 
     def close(self) -> None:
-        self._stack.close()
-        self._open.clear()
+        self._open = None
 
 
 def parameters_of(writer: Writer, name: str) -> Iterator[tuple[str, Tensor]]:

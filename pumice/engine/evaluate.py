@@ -85,12 +85,15 @@ def evaluate(
     Raises PumiceError: text too short, no tokenizer, NaN or Inf in the logits.
     """
     from pumice.engine.retrieval import RetrievalData, load_cranfield, retrieval
+    from pumice.engine.zeroshot import find_tasks, run_tasks
 
     begin = time.perf_counter()
     result = EvalResult(kind=model_kind(model), compute=compute)
     names = [tasks] if isinstance(tasks, str) else list(tasks)
     if names and result.kind != "causal-lm":
         raise PumiceError(f"tasks {names} need a causal language model, and this is {result.kind}: leave tasks empty.")
+    if names:
+        find_tasks(names, tasks_dir)
     if isinstance(data, (str, Path)) and Path(data).is_dir():
         data = load_cranfield(data)
     with evaluating(model, dense):
@@ -107,8 +110,6 @@ def evaluate(
             options = {"compute": compute, "progress": progress}
             _evaluate_other(model, dense, data, tokenizer, result, options, max_windows)
         if names:
-            from pumice.engine.zeroshot import run_tasks
-
             result.tasks = run_tasks(
                 model, tokenizer, names, tasks_dir=tasks_dir, limit=limit, compute=compute, progress=progress
             )
@@ -240,7 +241,7 @@ def _windows(
     text = data if isinstance(data, list) else load_text(data, purpose="evaluation")
     if data is None:
         result.notes.append("data: evaluation half of the default text (Python's language reference)")
-    return evaluation_windows(text, tokenizer, seqlen, max_windows)
+    return evaluation_windows(text, tokenizer, seqlen, max_windows, source=data)
 
 
 def _evaluate_other(

@@ -32,6 +32,19 @@ _KINDS = {
     "image-classifier": ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"),
     "encoder": ("AutoModel", "MODEL_MAPPING_NAMES"),
 }
+# What readers of checkpoints raise where bytes are missing or wrong: they check little themselves.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    EOFError,
+    MemoryError,
+    struct.error,
+)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.txt")
 
 
@@ -328,7 +341,7 @@ def clear_errors(source: str, path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError, SafetensorError) as error:
+    except (*_UNREADABLE, SafetensorError) as error:
         raise PumiceError(
             f"MODEL {source!r} cannot be loaded from {path.name} ({_first_line(error)}): the file is damaged, or its "
             "architecture is unknown to the installed transformers."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -179,6 +179,19 @@ def _name_of(data: Any) -> str | None:
     )
 
 
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first setting that is not as it was, with both values; settings inside a recipe as `recipe.density`."""
+    for key, value in now.items():
+        then = before.get(key)
+        if isinstance(then, dict) and isinstance(value, dict):
+            inside = _difference(then, value)
+            if inside is not None:
+                return f"{key}.{inside[0]}", *inside[1:]
+        elif then != value:
+            return key, then, value
+    return None
+
+
 class _Job:
     """One pruning run: its data, its checkpoint, and what an earlier, interrupted run left."""
 
@@ -248,12 +261,13 @@ class _Job:
             return Writer(self.out, self.overwrite, **options)
         writer = Writer.resume(self.out, self.overwrite, **options)
         before = writer.progress.get("fingerprint", {})
-        for key, value in self.fingerprint.items():
-            if before.get(key) != value:
-                raise PumiceError(
-                    f"resume: the interrupted run in {writer.partial} had {key}={before.get(key)!r}, now it is {value!r}; "
-                    "repeat its settings, or start again with overwrite."
-                )
+        changed = _difference(before, self.fingerprint)
+        if changed is not None:
+            key, then, now = changed
+            raise PumiceError(
+                f"resume: the interrupted run in {writer.partial} had {key}={then!r}, now it is {now!r}; "
+                "repeat its settings, or start again with overwrite."
+            )
         return writer
 
     @staticmethod
@@ -284,7 +298,8 @@ class _Job:
         for name, module in model.named_modules():
             if not any(name == unit or name.startswith(f"{unit}.") for unit in writer.done):
                 writer.add_own(name, module)
-        save_companions(writer.partial, model, self.tokenizer)
+        with writer.guarded("the tokenizer"):
+            save_companions(writer.partial, model, self.tokenizer)
         metadata = {**self.fingerprint, "density": result.density, "seconds": result.seconds}
         result.path = str(writer.finish(model_config(model), metadata=metadata))
         return result

@@ -105,6 +105,34 @@ def ndcg(gains: Sequence[float], ideal: Sequence[float], k: int = 10) -> float:
     return dcg(gains) / best if best > 0 else 0.0
 
 
+def _judged(data: RetrievalData) -> list[str]:
+    """Queries with at least one useful document."""
+    return [query for query in data.queries if any(gain > 0 for gain in data.qrels.get(query, {}).values())]
+
+
+def texts_of(data: RetrievalData) -> list[str]:
+    """The texts to embed: all documents, then the queries that can be judged.
+
+    Raises:
+        PumiceError: no documents, or no query with a useful one.
+    """
+    judged = _judged(data)
+    if not data.documents or not judged:
+        raise PumiceError("retrieval data has no documents, or no query with a useful one: check the ids in qrels.")
+    return [*data.documents.values(), *(data.queries[query] for query in judged)]
+
+
+def ndcg_of(vectors: Tensor, data: RetrievalData) -> float:
+    """Mean nDCG@10 of cosine ranking, from unit vectors [N, D] of `texts_of(data)`."""
+    ids = list(data.documents)
+    best = (vectors[len(ids) :] @ vectors[: len(ids)].T).topk(min(10, len(ids)), dim=1).indices.tolist()
+    values = []
+    for query, row in zip(_judged(data), best, strict=True):
+        qrel = data.qrels[query]
+        values.append(ndcg([qrel.get(ids[i], 0.0) for i in row], list(qrel.values())))
+    return sum(values) / len(values)
+
+
 def retrieval(
     model: nn.Module,
     data: RetrievalData,
@@ -118,23 +146,19 @@ def retrieval(
 
     Queries without a useful document are left out; `queries` counts the others.
     """
-    ids, judged = list(data.documents), [q for q in data.queries if any(v > 0 for v in data.qrels.get(q, {}).values())]
-    if not ids or not judged:
-        raise PumiceError("retrieval data has no documents, or no query with a useful one: check the ids in qrels.")
+    texts = texts_of(data)
 
-    def score(net: nn.Module) -> tuple[float, Tensor]:
-        texts = [*data.documents.values(), *(data.queries[q] for q in judged)]
-        vectors = embed(net, tokenizer, texts, compute=compute, progress=progress)
-        best = (vectors[len(ids) :] @ vectors[: len(ids)].T).topk(min(10, len(ids)), dim=1).indices.tolist()
-        values = []
-        for query, row in zip(judged, best, strict=True):
-            qrel = data.qrels[query]
-            values.append(ndcg([qrel.get(ids[i], 0.0) for i in row], list(qrel.values())))
-        return sum(values) / len(values), vectors
+    def vectors_of(net: nn.Module) -> Tensor:
+        return embed(net, tokenizer, texts, compute=compute, progress=progress)
 
-    value, vectors = score(model)
-    result = {"ndcg@10": value, "documents": float(len(ids)), "queries": float(len(judged))}
+    vectors = vectors_of(model)
+    result = {
+        "ndcg@10": ndcg_of(vectors, data),
+        "documents": float(len(data.documents)),
+        "queries": float(len(_judged(data))),
+    }
     if dense is not None:
-        result["dense_ndcg@10"], theirs = score(dense)
+        theirs = vectors_of(dense)
+        result["dense_ndcg@10"] = ndcg_of(theirs, data)
         result["cosine"] = F.cosine_similarity(vectors, theirs, dim=-1).mean().item()
     return result

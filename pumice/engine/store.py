@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,17 +67,26 @@ def save(
     # A folder that `save` left unfinished is worth nothing; one of a pruning run, which has a journal, is refused.
     with Writer(path, overwrite, dense=format == "dense", hint=pattern, tied=tied_parameters(model)) as writer:
         writer.add_module("", model)
-        save_companions(writer.partial, model, tokenizer)
+        with writer.guarded("the tokenizer"):
+            save_companions(writer.partial, model, tokenizer)
         return writer.finish(model_config(model), metadata=metadata, structure=structure.describe(model))
 
 
 def save_companions(folder: Path, model: nn.Module, tokenizer: Any) -> None:
-    """Generation config and tokenizer beside a checkpoint, where there are any."""
+    """Generation config and tokenizer beside a checkpoint, where there are any; OSError where they cannot be written."""
     generation = getattr(model, "generation_config", None)
     if generation is not None and hasattr(generation, "save_pretrained"):
         generation.save_pretrained(folder)
-    if tokenizer is not None:
+    if tokenizer is None:
+        return
+    try:
         tokenizer.save_pretrained(folder)
+    except Exception as error:
+        # The tokenizers library raises bare Exception where the system refuses to write.
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from error
 
 
 def tied_parameters(model: nn.Module) -> dict[str, str]:

@@ -155,7 +155,7 @@ class Writer:
                     f"overwrite=True (--overwrite)."
                 )
         shutil.rmtree(self.partial, ignore_errors=True)
-        with self._disk_full("the folder", 0):
+        with self.guarded("the folder", 0):
             self.partial.mkdir(parents=True)
 
     @classmethod
@@ -270,12 +270,13 @@ class Writer:
     def _shard(self, tensors: dict[str, Tensor]) -> None:
         file = f"model-{len(self.files) + 1:05d}.safetensors"
         size = sum(t.numel() * t.element_size() for t in tensors.values())
-        with self._disk_full(file, size):
+        with self.guarded(file, size):
             self.files[file] = write_safetensors(self.partial / file, tensors)
         self.where.update(dict.fromkeys(tensors, file))
 
     @contextlib.contextmanager
-    def _disk_full(self, what: str, size: int) -> Iterator[None]:
+    def guarded(self, what: str, size: int = 0) -> Iterator[None]:
+        """Whatever of `size` bytes (0: unknown) is written inside: a full disk becomes one sentence that says what is kept."""
         try:
             yield
         except OSError as error:
@@ -291,8 +292,9 @@ class Writer:
                 else f"{self.partial} is removed: free some space and start again"
             )
             untouched = f" {self.path} is as it was;" if self.path.exists() else ""
+            needs = f"{what} needs {size:,} bytes" if size else f"{what} does not fit"
             raise PumiceError(
-                f"the disk of out={str(self.path)!r} is full: {what} needs {size:,} bytes, {free:,} are free;{untouched} {then}."
+                f"the disk of out={str(self.path)!r} is full: {needs}, {free:,} are free;{untouched} {then}."
             ) from error
 
     def finish(
@@ -322,7 +324,7 @@ class Writer:
             "metadata": dict(metadata or {}),
             **({"structure": dict(structure)} if structure is not None else {}),
         }
-        with self._disk_full("config.json", len(index)):
+        with self.guarded("config.json", len(index)):
             self._write_text(self.partial / INDEX, index)
             whole = {**(config or {}), "quantization_config": stored}
             self._write_text(self.partial / "config.json", json.dumps(whole, indent=1) + "\n")
@@ -332,7 +334,7 @@ class Writer:
         return self.path
 
     def _write_text(self, path: Path, text: str) -> None:
-        with self._disk_full(path.name, len(text)), open(path, "w", encoding="utf-8") as file:
+        with self.guarded(path.name, len(text)), open(path, "w", encoding="utf-8") as file:
             file.write(text)
             sync(file)
 

@@ -60,17 +60,45 @@ def run_tasks(
     """
     if tokenizer is None:
         raise PumiceError(f"tasks {list(tasks)} are text and there is no tokenizer: pass tokenizer=.")
-    results: dict[str, dict[str, Any]] = {}
-    remote = []
-    for task in tasks:
-        file = _local(task, tasks_dir)
-        if file is None:
-            remote.append(task)
-            continue
-        results[file.stem] = jsonl_task(model, tokenizer, file, limit=limit, compute=compute, progress=progress)
+    files, remote = find_tasks(tasks, tasks_dir)
+    options: dict[str, Any] = {"limit": limit, "compute": compute, "progress": progress}
+    results = {file.stem: jsonl_task(model, tokenizer, file, **options) for file in files}
     if remote:
-        results.update(lm_eval_tasks(model, tokenizer, remote, limit=limit, tasks_dir=tasks_dir))
+        results.update(lm_eval_tasks(model, tokenizer, remote, limit=limit))
     return results
+
+
+def find_tasks(tasks: Sequence[str], tasks_dir: str | Path | None = None) -> tuple[list[Path], list[str]]:
+    """Files of the local tasks, and the names that are lm-eval's; reads none of their questions.
+
+    Raises:
+        PumiceError: a file or folder that does not exist, or a name that is neither local nor known to lm-eval.
+    """
+    found = {task: _local(task, tasks_dir) for task in tasks}
+    remote = [task for task, file in found.items() if file is None]
+    if remote:
+        _check_remote(remote, tasks_dir)
+    return [file for file in found.values() if file is not None], remote
+
+
+def _check_remote(tasks: Sequence[str], tasks_dir: str | Path | None) -> None:
+    known = sorted(file.stem for file in Path(tasks_dir).glob("*.jsonl")) if tasks_dir is not None else []
+    here = f"the tasks folder holds {', '.join(known)}" if known else "no tasks folder (--tasks-dir) was given"
+    if importlib.util.find_spec("lm_eval") is None:
+        raise PumiceError(
+            f"tasks {', '.join(tasks)} are not local ({here}), and lm-eval is not installed: give .jsonl files, or run "
+            "`pip install pumice[eval]`."
+        )
+    names = [task for task in tasks if Path(task).suffix != ".yaml"]
+    if not names:
+        return
+    # Reading lm-eval's index takes seconds; evaluating before an unknown name is found would take minutes.
+    manager: Any = importlib.import_module("lm_eval.tasks").TaskManager()
+    unknown = [name for name in names if not manager.match_tasks([name])]
+    if unknown:
+        raise PumiceError(
+            f"tasks {', '.join(unknown)} are neither local ({here}) nor known to lm-eval: check their names."
+        )
 
 
 def jsonl_task(
@@ -155,20 +183,11 @@ def lm_eval_tasks(
     *,
     limit: int | None = None,
     batch_size: int = 8,
-    tasks_dir: str | Path | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Run tasks of lm-evaluation-harness on the model in memory: metrics by task, with lm-eval's filter suffix removed.
 
-    A task is a name that lm-eval knows or the path of a task's .yaml. Raises PumiceError where lm-eval is not installed
-    or does not know a task.
+    A task is a name that lm-eval knows or the path of a task's .yaml. Raises PumiceError where lm-eval cannot run one.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        known = sorted(file.stem for file in Path(tasks_dir).glob("*.jsonl")) if tasks_dir is not None else []
-        here = f"the tasks folder holds {', '.join(known)}" if known else "no tasks folder (--tasks-dir) was given"
-        raise PumiceError(
-            f"tasks {', '.join(tasks)} are not local ({here}), and lm-eval is not installed: give .jsonl files, or run "
-            "`pip install pumice[eval]`."
-        )
     # Its decorators hide its signatures from type checkers.
     simple_evaluate: Any = importlib.import_module("lm_eval").simple_evaluate
     wrapper: Any = importlib.import_module("lm_eval.models.huggingface").HFLM
@@ -177,7 +196,9 @@ def lm_eval_tasks(
         wrapped = wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         output = simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit)
     except (KeyError, ValueError, OSError) as error:
-        raise PumiceError(f"lm-eval could not run tasks {', '.join(tasks)} ({error}): check their names.") from error
+        raise PumiceError(
+            f"lm-eval could not run tasks {', '.join(tasks)} ({error}): check their names and the network."
+        ) from error
     return {
         task: {
             "n" if name == "sample_len" else name.removesuffix(",none"): value
