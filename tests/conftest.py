@@ -5,11 +5,26 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What one test measures is not for another: nothing can be kept here.
 os.environ["PUMICE_CACHE"] = os.devnull
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_make_parametrize_id(config, val, argname):
+    """Names that are the same in every worker: no addresses, no numbers of a tensor, no order of a set."""
+    if isinstance(val, torch.Tensor):
+        return f"{argname}{list(val.shape)}"
+    if isinstance(val, set | frozenset):
+        return ",".join(sorted(map(str, val)))
+    if callable(val) and hasattr(val, "__name__"):
+        return val.__name__
+    if isinstance(val, dict):
+        parts = (f"{key}={pytest_make_parametrize_id(config, value, str(key)) or value}" for key, value in val.items())
+        return ",".join(parts)[:80]
+    return None
 
 
 def shared(*parts: str) -> Path:

@@ -56,7 +56,6 @@ def outputs(model, ids=IDS):
         ({"name": "flap", "allocation": "uniform", "heads": False}, {"intermediate_size", "mlp_bias"}),
         ({"name": "width-ls"}, {"intermediate_size"}),
     ],
-    ids=str,
 )
 def test_a_uniform_result_is_a_plain_checkpoint_for_readers_without_pumice(method, changes, tmp_path):
     model = tiny.llama(tie_word_embeddings=True, num_key_value_heads=4)
@@ -180,7 +179,6 @@ def test_density_one_removes_nothing():
         ({"name": "width", "multiple": 0}, {"density": 0.8}, "at least 1"),
         ("flap", {"density": 0.8}, "no tokenizer"),
     ],
-    ids=str,
 )
 def test_bad_requests_are_refused_before_the_model_changes(method, given, reason):
     model = tiny.llama()

@@ -93,7 +93,6 @@ def test_the_seed_decides_the_new_weights():
         (plain, {"name": "precropping", "source": "snip"}, IMAGES, "need a loss"),
         (tiny.llama, "precropping", torch.arange(4, 12)[None], "no convolutions"),
     ],
-    ids=str,
 )
 def test_bad_requests(build, method, data, reason):
     with pytest.raises(PumiceError, match=reason):
