@@ -157,4 +157,4 @@ def test_values_changes_the_type_and_refuses_others():
     packed = pumice.pack(model(), values="bfloat16", progress=False)
     assert packed(torch.randn(1, 96, dtype=torch.bfloat16)).dtype == torch.bfloat16
     with pytest.raises(PumiceError, match="values"):
-        pumice.pack(model(), values="int3")
+        pumice.pack(model(), values="int5")

@@ -36,8 +36,9 @@ def test_a_recipe_prunes_a_model_to_its_density(name):
     result = Pruner(model, axes(name), [{"input_ids": row[None]} for row in windows], progress=False).run()
     expected = {"2:4": 0.5}.get(recipes.find(name).pattern or "", recipes.find(name).density or 0.5)
     assert len(result.layers) == 14
-    # A row of 32 weights can be no nearer to its density than one weight.
-    assert result.density == pytest.approx(expected, abs=1 / 32)
+    # A row of 32 weights can be no nearer to its density than one weight; of kept weights some are rounded to zero.
+    rounded = recipes.find(name).values is not None
+    assert expected - (0.12 if rounded else 1 / 32) <= result.density <= expected + 1 / 32
     if recipes.find(name).pattern == "2:4":
         kept = (model.model.layers[1].mlp.up_proj.weight != 0).unflatten(1, (-1, 4)).sum(-1)
         assert int(kept.max()) <= 2
@@ -54,7 +55,7 @@ def test_a_recipe_says_what_it_is(name):
 
 def test_recipes_with_catalogue_keys():
     keys = {one.name: one.key for one in recipes.recipes() if one.key}
-    assert keys == {"dsnot-70": "dsnot", "lamp": "lamp", "global-mp": "global-mp"}
+    assert keys == {"dsnot-70": "dsnot", "lamp": "lamp", "global-mp": "global-mp", "gqsa": "gqsa"}
     assert axes("dsnot-70").recover.name == "dsnot"
     assert axes("lamp").allocation.name == "lamp"
     assert axes("global-mp").allocation.name == "global"

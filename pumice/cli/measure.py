@@ -180,7 +180,9 @@ def pack(
     *,
     batch: Annotated[str, typer.Option(help="Rows to choose for, separated by commas.")] = "1,16",
     threads: Threads = None,
-    values: Annotated[str | None, typer.Option(help="Change the type first: bfloat16, float16 or float32.")] = None,
+    values: Annotated[
+        str | None, typer.Option(help="Change the type first (bfloat16, float16, float32), or round: int8, int4.")
+    ] = None,
     every: Annotated[bool, typer.Option("--all", help="One line per layer instead of one per kind of layer.")] = False,
     remeasure: Annotated[bool, typer.Option("--remeasure", help="Time again what was timed here before.")] = False,
     device: Device = "cpu",

@@ -203,15 +203,16 @@ class _Session:
             progress=self.progress,
         )
         zeros = sum(int((view.matrix() == 0).sum()) for view in self.views)
-        fixed = {view.name: zeros_of(view) for view in self.views}
+        fixed = {view.name: int(zeros_of(view).sum()) for view in self.views}
         try:
             steps = self._steps(job, minutes)
         finally:
             for name, tensor in self._floats():
                 tensor.data = tensor.data.to(dtypes[name])
         total = sum(view.numel for view in self.views)
-        if any(bool((view.matrix()[fixed[view.name]] != 0).any()) for view in self.views):
-            raise RuntimeError("a repair has changed the mask: report this")
+        # DSnoT swaps zeros, so that they are counted.
+        if any(int((view.matrix() == 0).sum()) < fixed[view.name] for view in self.views):
+            raise RuntimeError("a repair has filled zeros: report this")
         after = steps[-1].after if steps[-1].kept else steps[-1].before
         return RepairResult(steps[0].before, after, 1 - zeros / total, steps, 0.0, peak_memory_bytes(), job.notes)
 
@@ -229,8 +230,8 @@ class _Session:
             grids = {view.name: kept([view]) for view in self.views}
             facts = self._guarded(method, job, saved)
             after = job.held_out_loss(self.model)
-            kept = after < before
-            if not kept:
+            better = after < before
+            if not better:
                 self._restore(saved)
                 for view in self.views:
                     keep(view, grids[view.name])
@@ -238,8 +239,8 @@ class _Session:
                     f"{method.name}: the held-out loss would go from {before:.4f} to {after:.4f}, so that it was undone"
                 )
             self._leave_grids(method.name, job)
-            steps.append(RepairStep(method.describe(), before, after, kept, job.clock.seconds, facts))
-            before = after if kept else before
+            steps.append(RepairStep(method.describe(), before, after, better, job.clock.seconds, facts))
+            before = after if better else before
             if minutes is not None and whole.used >= 1 and index + 1 < len(self.methods):
                 skipped = ", ".join(one.name for one in self.methods[index + 1 :])
                 job.notes.append(f"the time was up before {skipped}; give more minutes")
@@ -248,7 +249,7 @@ class _Session:
 
     def _leave_grids(self, name: str, job: Job) -> None:
         """Layers of integers whose weights a repair moved are floating point from now on, and the user is told."""
-        moved = [view for view in self.views if (grid := kept([view])) is not None and not grid.fits(view.matrix())]
+        moved = [view for view in self.views if (grid := kept([view])) is not None and not grid.belongs(view.matrix())]
         for view in moved:
             keep(view, None)
         if moved:

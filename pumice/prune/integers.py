@@ -78,7 +78,7 @@ def quantised_views(views: Sequence[WeightView]) -> list[tuple[WeightView, Grid]
     found = []
     for view in views:
         grid = kept([view])
-        if grid is not None and view.expert is None and grid.fits(view.matrix()):
+        if grid is not None and view.expert is None and grid.belongs(view.matrix()):
             found.append((view, grid))
     if not found:
         raise PumiceError("the model has no layer of integers: prune it with values=… first (values='int4').")

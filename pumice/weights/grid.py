@@ -68,6 +68,13 @@ class Grid:
             return False
         return torch.equal(self.snap(w_OI), w_OI)
 
+    def belongs(self, w_OI: Tensor) -> bool:
+        """Whether a matrix came from this grid: it lies on it, or was rounded to half precision and widened again."""
+        if self.fits(w_OI):
+            return True
+        halves = (w_OI.to(dtype) for dtype in (torch.bfloat16, torch.float16))
+        return any(torch.equal(half.to(w_OI.dtype), w_OI) and self.fits(half) for half in halves)
+
     def part(self, rows: slice) -> Grid:
         """The grid of some rows."""
         return Grid(self.bits, self.group, self.scales[rows], None if self.zeros is None else self.zeros[rows])

@@ -9,9 +9,11 @@ from torch import nn
 
 from pumice.core import registry
 from pumice.core.errors import PumiceError
+from pumice.core.view import find_views
 from pumice.prune.axes import Axes
 from pumice.prune.run import Pruner
 from pumice.recipe import AXES, USUAL
+from pumice.weights.grid import kept
 from tests import tiny
 
 SCORES = [info.name for info in registry.methods("score")]
@@ -130,6 +132,20 @@ def test_every_goal(recover, goal):
         check(model, before, prune(model, axes, batches), axes)
 
 
+@pytest.mark.parametrize("values", [info.name for info in registry.methods("values")])
+@pytest.mark.parametrize("recover", RECOVERIES)
+def test_every_values(recover, values):
+    spec = values if values in ("none", "int8") else {"name": values, "group": 16}
+    axes = Axes.make("wanda", recover=recover, values=spec, density=0.5)
+    model = tiny.llama()
+    prune(model, axes, [{"input_ids": TOKENS}])
+    for view in find_views(model):
+        grid = kept([view])
+        assert (grid is None) == (values == "none")
+        assert grid is None or grid.fits(view.matrix())
+        assert 0.35 < (view.matrix() != 0).float().mean() <= 0.51
+
+
 @pytest.mark.parametrize("score", SCORES)
 def test_the_seed_matters_only_where_there_is_chance(score):
     results = []
@@ -210,6 +226,7 @@ def test_the_description_names_everything_that_decides_the_result():
         "recover": {"name": "obs", "damp": 0.1, "block": 128},
         "allocation": {"name": "uniform"},
         "goal": {"name": "layer"},
+        "values": {"name": "none"},
         "pattern": "unstructured:row",
         "density": 0.5,
         "targets": ["fc*"],

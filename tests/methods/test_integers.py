@@ -286,3 +286,28 @@ def test_pack_rounds_only_when_asked_and_runs_what_was_rounded():
     torch.testing.assert_close(net(x), before, rtol=1e-4, atol=1e-4)
     with pytest.raises(PumiceError, match=r"must be one of bfloat16, .*int8"):
         pumice.pack(net, values="int5")
+
+
+def test_the_registered_stages_repair_a_half_precision_model_and_it_stays_integers(tmp_path):
+    dense = tiny.llama().bfloat16()
+    model = pruned(dense)
+    gone = {view.name: (view.matrix().unflatten(1, (-1, 16)) == 0).all(-1) for view in find_views(model)}
+    stages = [{"name": "bqpo", "steps": 20}, {"name": "oqp", "steps": 20, "lr": 5e-3}]
+    result = pumice.repair(model, stages, data=TOKENS, teacher=dense, progress=False)
+    assert [step.method["name"] for step in result.steps] == ["bqpo", "oqp"]
+    assert result.after < result.before
+    back = pumice.load(pumice.save(model, tmp_path / "m"))
+    for view in find_views(model):
+        assert view.tensor.dtype == torch.bfloat16
+        assert back.get_submodule(view.module_name).layout == "int4-bitmask"
+        assert torch.equal(back.get_submodule(view.module_name).dense_weight(), view.matrix())
+        assert (view.matrix().unflatten(1, (-1, 16)) == 0).all(-1)[gone[view.name]].all()
+
+
+def test_a_repair_that_moves_weights_off_their_levels_says_so():
+    dense = tiny.llama()
+    model = pruned(dense)
+    result = pumice.repair(model, {"name": "perp", "steps": 4}, data=TOKENS, teacher=dense, minutes=0.2, progress=False)
+    assert result.steps[0].kept
+    assert any("were integers and no longer are" in note for note in result.notes)
+    assert all(kept([view]) is None for view in find_views(model))
