@@ -60,7 +60,7 @@ def outputs(model, ids=IDS):
 def test_a_uniform_result_is_a_plain_checkpoint_for_readers_without_pumice(method, changes, tmp_path):
     model = tiny.llama(tie_word_embeddings=True, num_key_value_heads=4)
     before = model.config.to_dict()
-    result = shrink_result(model, method, density=0.7, data=TEXT)
+    result = shrink_result(model, method, density=0.55, data=TEXT)
     assert result.ordinary
     path = save_shrunk(result, tmp_path / "small")
     stored = json.loads((path / "config.json").read_text())
@@ -110,6 +110,17 @@ def test_any_module_is_saved_and_loaded_into_the_original(tmp_path):
         assert any("into=" in note for note in result.notes)
         path = save_shrunk(result, tmp_path / "small", overwrite=True)
         assert torch.equal(outputs(pumice.load(path, into=build()), IMAGES), outputs(model, IMAGES))
+
+
+def test_what_transformers_does_not_accept_is_no_plain_checkpoint(tmp_path):
+    """Llama's config wants a width that its number of heads divides."""
+    model = tiny.llama(num_key_value_heads=4)
+    result = shrink_result(model, {"name": "width", "heads": True}, density=0.7)
+    assert model.model.layers[0].self_attn.q_proj.out_features == 24
+    assert not result.ordinary
+    assert model.config.num_attention_heads == 4
+    path = save_shrunk(result, tmp_path / "small")
+    assert torch.equal(outputs(pumice.load(path)), outputs(model))
 
 
 def test_a_structure_of_another_model_is_refused(tmp_path):
