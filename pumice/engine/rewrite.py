@@ -78,7 +78,6 @@ def rewrite(
         legal.check_shape(view.module_name, *view.shape_OI, share)
     for name in sorted({v.module_name for v in views} - {v.module_name for v in chosen}):
         result.notes.append(f"{name} stays as it is: only Linear layers whose weight nobody else reads are rewritten")
-    names = {view.name for view in chosen}
     batches = make_data(model, tokenizer, data, samples=samples, seqlen=seqlen, seed=seed)
     stream = Stream(model, chosen, batches, compute=compute_dtype(compute, model))
     with bar(len(stream.units), f"rewrite ({bound.name})", enabled=progress, unit="block") as shown:
@@ -87,18 +86,19 @@ def rewrite(
             stats = collect(needs)
             for view in unit.views:
                 if view.name not in stats:
-                    result.notes.append(f"{view.name} stays as it is: the calibration data never reached it")
                     continue
                 w = view.read()
                 own = {name: value[0] for name, value in stats[view.name].items()}
                 new = bound(view.module, w, own, Selector(legal, share))
                 result.layers[view.name] = float((w - new.weight.float()).norm() / w.norm().clamp(min=1e-30))
-                names.discard(view.name)
                 replace_module(model, view.module_name, new)
                 if unit.module is view.module:
                     unit.module = new
             shown.update()
 
         stream.walk(visit)
+    for view in chosen:
+        if view.name not in result.layers:
+            result.notes.append(f"{view.name} stays as it is: the calibration data never reached it")
     result.seconds = time.perf_counter() - start
     return result

@@ -147,6 +147,23 @@ def test_a_language_model_is_rewritten_and_read_back_by_transformers(tmp_path):
         torch.testing.assert_close(again(ids).logits, truth, rtol=1e-3, atol=1e-3)
 
 
+def test_a_layer_that_no_data_reaches_stays_and_is_named():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(layer(32, 32), layer(8, 32))
+            self.unused = layer(8, 32)
+
+        def forward(self, x):
+            return self.body(x)
+
+    model = Net()
+    result = pumice.rewrite(model, {"name": "armor", "block": 8}, data=[draw(9, 32)], progress=False)
+    assert set(result.layers) == {"body.0.weight", "body.1.weight"}
+    assert type(model.unused) is nn.Linear
+    assert any("unused.weight stays" in note for note in result.notes)
+
+
 def test_what_cannot_be_is_refused():
     with pytest.raises(PumiceError, match="needs a small N:M"):
         armor(layer(), draw(24, 32), stats_of(correlated(width=32)), Selector(parse("4x4"), 0.5))
