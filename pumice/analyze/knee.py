@@ -145,7 +145,7 @@ def find_knee(
 
 def figure(search: Search) -> Any:
     """Quality against density with the tolerance and the knee marked, as a matplotlib figure."""
-    from pumice.analyze.plots import COLOURS, FAINT, INK, canvas
+    from pumice.analyze.plots import COLOURS, INK, canvas
 
     drawn, axes = canvas(3.4, width=6.2)
     points = sorted((point.asked, point.quality) for point in search.points)
@@ -154,7 +154,7 @@ def figure(search: Search) -> Any:
     )
     edge = search.dense * (1 + search.tolerance if search.lower_is_better else 1 - search.tolerance)
     axes.axhline(search.dense, color=INK, linewidth=0.8, linestyle="--")
-    axes.axhspan(search.dense, edge, color=FAINT, alpha=0.5)
+    axes.axhspan(search.dense, edge, color=COLOURS[0], alpha=0.15)
     if search.knee is not None:
         axes.axvline(search.knee, color=COLOURS[1], linewidth=1.2)
         text = f" knee: density {search.knee:.3g}"
@@ -176,7 +176,10 @@ def write(search: Search, folder: Path) -> list[Path]:
     write_text(folder / JSON, to_json(search.to_dict()))
     if not search.points or not plots.available():
         return [folder / JSON]
-    figure(search).savefig(folder / PNG, dpi=150, facecolor="white")
+    picture = figure(search)
+    # A page's style sheet colours the grid; a picture has none.
+    picture.axes[0].grid(axis="y", color="#d0d0d0")
+    picture.savefig(folder / PNG, dpi=150, facecolor="white")
     write_text(folder / HTML, page(search, plots.inline(figure(search), "knee")))
     return [folder / JSON, folder / PNG, folder / HTML]
 
