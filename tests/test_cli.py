@@ -13,7 +13,20 @@ from pumice import recipe as recipes
 from pumice.cli import app
 from tests import tiny
 
-VERBS = ("prune", "repair", "shrink", "eval", "bench", "pack", "generate", "export", "report", "search", "methods", "doctor")
+VERBS = (
+    "prune",
+    "repair",
+    "shrink",
+    "eval",
+    "bench",
+    "pack",
+    "generate",
+    "export",
+    "report",
+    "search",
+    "methods",
+    "doctor",
+)
 SMALL = ["--samples", "2", "--seqlen", "16"]
 
 
