@@ -204,7 +204,7 @@ recovery = Family("recover", "pumice.prune.recover", selects=False, patterns=Non
 allocation = Family("allocation", "pumice.prune.allocate", compares_score=False)
 goal = Family("goal", "pumice.prune.goal")
 values = Family("values", "pumice.prune.values")
-repair = Family("repair", "pumice.prune.repair", minutes=None)
+repair = Family("repair", "pumice.prune.repair", minutes=None, integers=False)
 shrink = Family("shrink", "pumice.prune.shrink")
 pattern = Family("pattern", "pumice.weights.patterns", grammar="")
 layout = Family("layout", "pumice.weights.layouts", storable=True)
