@@ -222,7 +222,7 @@ allocation = Family(
 )
 goal = Family("goal", "pumice.prune.goal")
 values = Family("values", "pumice.prune.values")
-repair = Family("repair", "pumice.prune.repair", minutes=None)
+repair = Family("repair", "pumice.prune.repair", minutes=None, integers=False)
 shrink = Family("shrink", "pumice.prune.shrink")
 rewrite = Family("rewrite", "pumice.prune.rewrite", patterns=None)
 pattern = Family("pattern", "pumice.weights.patterns", grammar="")

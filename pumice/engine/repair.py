@@ -22,7 +22,8 @@ from pumice.engine.plan import compute_dtype
 from pumice.engine.store import save
 from pumice.prune.repair.base import Clock, Job
 from pumice.prune.run import peak_memory_bytes
-from pumice.weights.grid import keep, kept, zeros_of
+from pumice.weights.grid import keep, zeros_of
+from pumice.weights.grid import kept as grid_kept
 from pumice.weights.modules import densify
 
 Spec = str | Mapping[str, Any]
@@ -203,16 +204,15 @@ class _Session:
             progress=self.progress,
         )
         zeros = sum(int((view.matrix() == 0).sum()) for view in self.views)
-        fixed = {view.name: int(zeros_of(view).sum()) for view in self.views}
+        fixed = sum(int(zeros_of(view).sum()) for view in self.views)
         try:
             steps = self._steps(job, minutes)
         finally:
             for name, tensor in self._floats():
                 tensor.data = tensor.data.to(dtypes[name])
         total = sum(view.numel for view in self.views)
-        # DSnoT swaps zeros, so that they are counted.
-        if any(int((view.matrix() == 0).sum()) < fixed[view.name] for view in self.views):
-            raise RuntimeError("a repair has filled zeros: report this")
+        if sum(int(zeros_of(view).sum()) for view in self.views) < fixed:
+            raise RuntimeError("a repair has changed the mask: report this")
         after = steps[-1].after if steps[-1].kept else steps[-1].before
         return RepairResult(steps[0].before, after, 1 - zeros / total, steps, 0.0, peak_memory_bytes(), job.notes)
 
@@ -227,7 +227,7 @@ class _Session:
             left = None if minutes is None else max(minutes * (1 - whole.used), 0.01)
             job.clock = Clock(method.info.extras["minutes"] if left is None else left)
             saved = {name: tensor.detach().clone() for name, tensor in self._floats()}
-            grids = {view.name: kept([view]) for view in self.views}
+            grids = {view.name: grid_kept([view]) for view in self.views}
             facts = self._guarded(method, job, saved)
             after = job.held_out_loss(self.model)
             better = after < before
@@ -249,7 +249,7 @@ class _Session:
 
     def _leave_grids(self, name: str, job: Job) -> None:
         """Layers of integers whose weights a repair moved are floating point from now on, and the user is told."""
-        moved = [view for view in self.views if (grid := kept([view])) is not None and not grid.belongs(view.matrix())]
+        moved = [view for view in self.views if (grid := grid_kept([view])) is not None and not grid.belongs(view.matrix())]
         for view in moved:
             keep(view, None)
         if moved:

@@ -35,10 +35,11 @@ def text_batches(count=20, length=24, seed=0):
     return [{"input_ids": row[None]} for row in ids]
 
 
-def pruned(density=0.5, pattern=None, seed=0):
+def pruned(density=0.5, pattern=None, seed=0, values=None):
     dense = tiny.llama(seed)
     sparse = copy.deepcopy(dense)
-    pumice.prune(sparse, "magnitude", density=None if pattern else density, pattern=pattern, progress=False)
+    options = {"density": None if pattern else density, "pattern": pattern, "values": values}
+    pumice.prune(sparse, "magnitude", progress=False, **options)
     return dense, sparse
 
 
@@ -53,7 +54,8 @@ def run(model, method, teacher=None, **options):
 @pytest.mark.parametrize("name", REPAIRS)
 @pytest.mark.parametrize("pattern", [None, "2:4"])
 def test_zeros_stay_and_it_never_gets_worse(name, pattern):
-    dense, sparse = pruned(pattern=pattern)
+    integers = registry.repair.get(name).extras["integers"]
+    dense, sparse = pruned(pattern=pattern, values="int8" if integers else None)
     before, zeros = copy.deepcopy(sparse.state_dict()), masks(sparse)
     result = run(sparse, spec(name), dense)
     assert result.after <= result.before

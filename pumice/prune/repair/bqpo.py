@@ -11,7 +11,7 @@ from pumice.prune.integers import tune_blocks
 from pumice.prune.repair.base import Job
 
 
-@repair("bqpo", key="gqsa", paper="arXiv:2412.17560", minutes=5.0)
+@repair("bqpo", key="gqsa", paper="arXiv:2412.17560", minutes=5.0, integers=True)
 def bqpo(
     model: nn.Module,
     job: Job,

@@ -12,7 +12,7 @@ from pumice.prune.repair.base import Job
 from pumice.prune.repair.objective import Objective
 
 
-@repair("oqp", key="gqsa", paper="arXiv:2412.17560", minutes=5.0)
+@repair("oqp", key="gqsa", paper="arXiv:2412.17560", minutes=5.0, integers=True)
 def oqp(
     model: nn.Module,
     job: Job,
