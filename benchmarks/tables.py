@@ -121,7 +121,7 @@ def demo() -> str:
             ahead = f", {cell.ahead} wins" if cell.ahead in ("sparse", "dense") else ""
             cells.append(f"{cell.text} ({cell.against}{ahead})" if cell.against else cell.text)
         rows.append([row.label, *cells])
-    curve = ", ".join(f"{point.density:g}: {number(point.perplexity)}" for point in run.curve)
+    curve = ", ".join(f"{point.label} {number(point.perplexity)}" for point in run.curve)
     said = "\n".join(f"- {name}: “{' '.join(text.split())}”" for name, text in run.generations[0].texts.items())
     machine = f"{run.machine['cores']} cores of {run.machine['cpu']}, {run.machine['kernels_in_use']}, {run.bench['threads']} threads"
     asked = sorted({task["n"] for column in run.columns for task in column.tasks.values() if "n" in task})
@@ -132,7 +132,7 @@ def demo() -> str:
     )
     return (
         f"{verdict(run)}\n\n{table(['', *summary.columns], rows)}\n\n"
-        f"Perplexity by density: {curve}. Asked “{run.generations[0].prompt}”:\n\n{said}\n\n"
+        f"Perplexity: {curve}. Asked “{run.generations[0].prompt}”:\n\n{said}\n\n"
         f"({machine}; {'; '.join(note for note in run.notes if 'demo took' in note)}{questions}.)"
     )
 

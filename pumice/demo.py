@@ -24,11 +24,14 @@ from pumice.engine.evaluate import perplexity
 from pumice.engine.models import LoadedModel, demo_model, load_model
 from pumice.engine.prune import prune
 from pumice.prune.run import PruneResult, peak_memory_bytes
+from pumice.recipe import find
 from pumice.report import disk_bytes, write_report
 
-DENSITIES = (0.8, 0.7, 0.6, 0.5)
+DENSITIES = (0.7, 0.6, 0.5, 0.4)
 ACCEPTABLE = 1.15
 """The demo takes the sparsest model whose perplexity is within 15 % of dense."""
+SCOUT = "sparsegpt"
+"""A fast recipe that finds how sparse this model may be; the best recipe then tries the next density."""
 PROMPT = "Explain in one sentence why the sky is blue."
 TASKS = ("piqa", "arc_easy")
 QUESTIONS = 40
@@ -39,7 +42,7 @@ class Settings:
     """How much the demo calibrates on and evaluates."""
 
     out: Path
-    method: str = "sparsegpt"
+    method: str = "auto"
     samples: int = 32
     seqlen: int = 512
     windows: int = 16
@@ -79,28 +82,40 @@ class Demo:
     def _sweep(
         self, dense: nn.Module, tokenizer: Any, calibration: torch.Tensor, evaluation: torch.Tensor, base: float
     ) -> tuple[PruneResult, list[Point]]:
-        """Prune to falling densities; the sparsest whose quality is acceptable stays as `OUT/model`."""
-        curve, best, final = [Point(1.0, base, label="dense")], None, self.settings.out / "model"
-        folder, result = self.settings.out / "next", None
+        """Prune to falling densities with the scout, and to the first that is too much for it with the best recipe.
 
-        def measure(density: float) -> float:
+        The sparsest model whose quality is acceptable stays as `OUT/model`.
+        """
+        curve, best, final = [Point(1.0, base, label="dense", series=SCOUT)], None, self.settings.out / "model"
+        folder, result = self.settings.out / "next", None
+        best_recipe = find(self.settings.method).name
+
+        def measure(density: float, method: str = SCOUT) -> float:
             nonlocal result
             model = copy.deepcopy(dense)
-            result = prune(
-                model, self.settings.method, density=density, data=calibration, tokenizer=tokenizer, out=folder
-            )
+            result = prune(model, method, density=density, data=calibration, tokenizer=tokenizer, out=folder)
             return perplexity(model, evaluation)
 
-        for density, quality, accepted in sweep(DENSITIES, measure, lambda quality: quality <= ACCEPTABLE * base):
-            curve.append(Point(density, quality, disk_bytes=disk_bytes(folder), label=f"density {density:g}"))
+        def settle(density: float, quality: float, method: str) -> bool:
+            nonlocal best
+            accepted, label = quality <= ACCEPTABLE * base, f"{method} at {density:g}"
+            curve.append(Point(density, quality, disk_bytes=disk_bytes(folder), label=label, series=method))
             verdict = "accepted" if accepted else f"more than {ACCEPTABLE - 1:.0%} worse than dense"
-            self.say(f"{self.settings.method}, density {density:g}: perplexity {quality:.2f}, {verdict}")
+            self.say(f"{method}, density {density:g}: perplexity {quality:.2f}, {verdict}")
             if accepted or best is None:
                 shutil.rmtree(final, ignore_errors=True)
                 folder.rename(final)
                 best = result
             else:
                 shutil.rmtree(folder)
+            return accepted
+
+        density, accepted = 1.0, True
+        for density, quality, _ in sweep(DENSITIES, measure, lambda quality: quality <= ACCEPTABLE * base):
+            accepted = settle(density, quality, SCOUT)
+        if best_recipe != SCOUT and not accepted:
+            self.say(f"{best_recipe}, the best recipe, at the density that was too much for {SCOUT}")
+            settle(density, measure(density, best_recipe), best_recipe)
         assert best is not None
         return best, curve
 
@@ -108,7 +123,7 @@ class Demo:
         out, settings = self.settings.out / "model", self.settings
         self.say("loading the stored model, timing every layer, measuring quality and speed beside dense")
         run = pruned_run(result, out, source=loaded.path, command=" ".join(["python -m pumice.demo", *sys.argv[1:]]))
-        run.title = f"{settings.method} at density {result.density:.2f}"
+        run.title = f"{result.recipe['name']} at density {result.density:.2f}"
         run.model = model_facts(loaded.path, "SmolLM2-135M-Instruct")
         # The demo's report is for anybody's eyes; where the package lies on this machine is nobody's business.
         run.model["source"] = loaded.path.name
@@ -143,7 +158,7 @@ def main() -> int:
     """Entry point of `make demo`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("pumice-demo"), help="folder to write (replaced)")
-    parser.add_argument("--method", default="sparsegpt", help="recipe to prune with")
+    parser.add_argument("--method", default="auto", help="recipe for the last step; sparsegpt finds the density")
     parser.add_argument("--tasks-dir", type=Path, default=None, help="folder with zero-shot questions (piqa.jsonl, …)")
     args = parser.parse_args()
     if args.out.exists() and not (args.out / "report.json").exists() and any(args.out.iterdir()):

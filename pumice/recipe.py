@@ -16,8 +16,8 @@ from typing import Annotated, Any
 from pumice.core.errors import PumiceError
 
 Spec = str | dict[str, Any]
-DEFAULT = "sparsegpt"
-"""What method "auto" means."""
+DEFAULT = "alps-dense"
+"""What method "auto" means: the best recipe of docs/quality.md."""
 AXES = ("score", "recover", "allocation", "goal", "values")
 USUAL = {"recover": "none", "allocation": "uniform", "goal": "layer", "values": "none"}
 """What an axis is where a recipe does not name it."""

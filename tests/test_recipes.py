@@ -62,7 +62,7 @@ def test_recipes_with_catalogue_keys():
 
 
 def test_sparsegpt_is_obs_twice_and_auto_means_it():
-    assert axes("auto") == axes("sparsegpt")
+    assert axes("auto") == axes("alps-dense")
     found = axes("sparsegpt")
     assert (found.score.name, found.recover.name, found.selects_itself) == ("obs", "obs", True)
 

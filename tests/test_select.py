@@ -152,3 +152,28 @@ def test_streamed_kth_outside_the_count(k):
 def test_streamed_kth_refuses_negative_and_nan(value):
     with pytest.raises(PumiceError, match="not negative"):
         select.kth_largest_streamed(lambda: [torch.tensor([1.0, value])], 1)
+
+
+@pytest.mark.parametrize("n", [(1 << 16) - 1, 1 << 16, 100_003])
+@pytest.mark.parametrize("kind", ["plain", "ties", "zeros", "tiny", "signed", "infinite"])
+def test_long_rows_keep_what_a_sort_keeps(n, kind):
+    """The histogram's threshold is exact, ties go by position, on whatever floats there are."""
+    generator = torch.Generator().manual_seed(n)
+    scores = torch.rand(n, generator=generator)
+    if kind == "ties":
+        scores = (scores * 5).floor()
+    elif kind == "zeros":
+        scores = scores * (scores > 0.9)
+        scores[::3] = -0.0
+    elif kind == "tiny":
+        scores = scores * 1e-42
+    elif kind == "signed":
+        scores -= 0.5
+    elif kind == "infinite":
+        scores[::7] = float("inf")
+    for keep in (1, 2, n // 3, n - 2, n - 1):
+        mask = select.topk(scores, keep)
+        order = torch.sort(scores, descending=True, stable=True).indices[:keep]
+        expected = torch.zeros(n, dtype=torch.bool)
+        expected[order] = True
+        assert torch.equal(mask, expected)
