@@ -103,9 +103,9 @@ def timed(o: int, i: int, block: int, rows: int, rounds: int) -> list[dict[str, 
     """Median milliseconds of a call; copies rotate through memory so that weights are cold."""
     made = layers(o, i, block)
     x = torch.randn(rows, i).bfloat16()
-    turns: dict[str, Callable[[int], None]] = {}
+    turns: dict[str, Callable[..., None]] = {}
     for name, (module, size) in made.items():
-        copies = [copy.deepcopy(module) for _ in range(max(2, COLD_BYTES // size // 4))]
+        copies: list[nn.Module] = [copy.deepcopy(module) for _ in range(max(2, COLD_BYTES // size // 4))]
 
         def run(at: int, copies: list[nn.Module] = copies) -> None:
             copies[at % len(copies)](x)

@@ -193,4 +193,4 @@ def _disk(model: nn.Module, views: list[WeightView], axes: Axes) -> int:
         if family in ("block", "row", "column"):
             mask = min(mask, 4 * round(o * i * axes.density / 16) + 4 * o)
         total -= max(0, round(o * i * size) - values - mask)
-    return total
+    return int(total)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ def armor(
     Raises:
         PumiceError: no N:M pattern, or a width that no block of a multiple of M divides.
     """
-    pattern = select.pattern
+    pattern: Any = select.pattern
     if not isinstance(pattern, NOfM) or math.comb(pattern.m, pattern.n) > MOST_CHOICES:
         raise PumiceError(f"pattern={pattern.text!r}: armor needs a small N:M pattern such as 2:4.")
     if rounds < 0:
@@ -96,7 +96,7 @@ class Factors:
 
     @classmethod
     def start(cls, w_OI: Tensor, sqnorm_I: Tensor, select: Selector, p: int, q: int) -> Factors:
-        pattern = select.pattern
+        pattern: Any = select.pattern
         assert isinstance(pattern, NOfM)
         columns_I = _nonzero(w_OI.norm(dim=0))
         rows_O = _nonzero((w_OI / columns_I).norm(dim=1))
