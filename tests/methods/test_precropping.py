@@ -64,7 +64,9 @@ def test_widths_follow_the_square_root_of_the_densities():
 def test_tied_channels_get_one_width_and_the_result_trains(source):
     model = cnn()
     loss = lambda m, b: F.cross_entropy(m(b["input"]), b["labels"])  # noqa: E731
-    result = shrink_result(model, {"name": "precropping", "source": source}, density=0.5, data=PAIRS, loss=loss)
+    result = shrink_result(
+        model, {"name": "precropping", "source": source, "rounds": 10}, density=0.5, data=PAIRS, loss=loss
+    )
     assert result.density <= 0.5
     assert model[3].c2.out_channels == model[0].out_channels == model[4].depth.groups
     assert any("train it" in note for note in result.notes)
@@ -80,7 +82,7 @@ def test_tied_channels_get_one_width_and_the_result_trains(source):
 def test_the_seed_decides_the_new_weights():
     first, second, third = plain(), plain(), plain()
     for model, seed in ((first, 0), (second, 0), (third, 1)):
-        shrink_result(model, "precropping", density=0.5, data=IMAGES, seed=seed)
+        shrink_result(model, {"name": "precropping", "rounds": 5}, density=0.5, data=IMAGES, seed=seed)
     assert torch.equal(first[0].weight, second[0].weight)
     assert not torch.equal(first[0].weight, third[0].weight)
 
