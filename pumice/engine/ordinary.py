@@ -53,8 +53,10 @@ def _shapes(model: nn.Module) -> Shapes:
 
 def _expected(model: nn.Module, config: Any) -> Shapes | None:
     try:
+        # Written and read again, since it is then that Transformers checks it (Llama's width by its number of heads).
+        again = type(config).from_dict(config.to_dict())
         with torch.device("meta"):
-            return _shapes(type(model)(config))
+            return _shapes(type(model)(again))
     except Exception:
         # A config that the class does not accept describes no model of it.
         return None
