@@ -249,7 +249,9 @@ class _Session:
 
     def _leave_grids(self, name: str, job: Job) -> None:
         """Layers of integers whose weights a repair moved are floating point from now on, and the user is told."""
-        moved = [view for view in self.views if (grid := grid_kept([view])) is not None and not grid.belongs(view.matrix())]
+        moved = [
+            view for view in self.views if (grid := grid_kept([view])) is not None and not grid.belongs(view.matrix())
+        ]
         for view in moved:
             keep(view, None)
         if moved:
