@@ -168,12 +168,13 @@ def _coding(values: str | Mapping[str, Any]) -> Coding | None:
 
 def _as_integers(name: str, module: nn.Module, packed: Packed, coding: Coding | None) -> Packed:
     """The matrix with the integers that it was quantised to, or is to be now; as it is where there are none."""
+    grid = None if isinstance(module, SparseModule) else kept(module_views(name, module))
+    if coding is None and grid is None:
+        return packed
     w_OI = unpack_matrix(packed)
     if coding is not None and not (coding.group and w_OI.shape[1] % coding.group):
         grid = coding.grid(w_OI)
         w_OI = grid.snap(w_OI)
-    else:
-        grid = None if isinstance(module, SparseModule) else kept(module_views(name, module))
     if grid is None or not grid.fits(w_OI):
         return packed
     return pack_smallest(w_OI, None, grid)

@@ -188,7 +188,7 @@ def _disk(model: nn.Module, views: list[WeightView], axes: Axes) -> int:
             total -= round(o * i * size)
             size = axes.coding.bits / 8 + 2 / (axes.coding.group or i)
             total += round(o * i * size)
-        values = round(o * i * axes.density) * size
+        values = round(o * i * axes.density * size)
         mask = o * -(-i // 8)
         if family in ("block", "row", "column"):
             mask = min(mask, 4 * round(o * i * axes.density / 16) + 4 * o)

@@ -8,6 +8,7 @@ Shapes: O outputs, I inputs, G groups of a row, C columns of a group.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -175,6 +176,10 @@ def tune_blocks(
         if not unit.chained:
             dense_states = [[state.clone() for state in states] for states in collect.hidden]
         block = teacher.get_submodule(unit.name)
+        dtype = collect.hidden[0][0].dtype
+        if any(parameter.dtype != dtype for parameter in block.parameters()):
+            # A model is trained in float32 beside a teacher that may be in half precision.
+            block = copy.deepcopy(block).to(dtype)
         for index, records in enumerate(collect.calls):
             with stream.precision():
                 dense_states[index] = [

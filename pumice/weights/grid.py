@@ -143,7 +143,7 @@ class Coding:
             low, full = None, -biggest / float(1 << (self.bits - 1))
         best = None
         for step in range(max(self.search, 1)):
-            scale = _storable(full * (1 - 0.35 * step / max(self.search - 1, 1)))
+            scale = storable(full * (1 - 0.35 * step / max(self.search - 1, 1)))
             zero = None
             if low is not None:
                 zero = torch.where(scale != 0, -low / scale, 0.0).round().clamp(0, levels)
@@ -171,14 +171,9 @@ class Coding:
         return Grid(self.bits, self.group, scales, None if zeros is None else zeros.to(torch.uint8))
 
 
-def _storable(scale: Tensor) -> Tensor:
+def storable(scale: Tensor) -> Tensor:
     """Scales as they are stored: sixteen bits, so that bfloat16, float16 and float32 models hold the same number."""
     return scale.to(torch.bfloat16).float()
-
-
-def storable(scale: Tensor) -> Tensor:
-    """Scales rounded to what a grid may hold."""
-    return _storable(scale)
 
 
 def keep(view: WeightView, grid: Grid | None) -> None:

@@ -223,7 +223,7 @@ def test_the_description_names_everything_that_decides_the_result():
     assert axes.describe() == {
         "name": "wanda",
         "score": {"name": "wanda"},
-        "recover": {"name": "obs", "damp": 0.1, "block": 128},
+        "recover": {"name": "obs", "damp": 0.1, "block": 128, "joint": True},
         "allocation": {"name": "uniform"},
         "goal": {"name": "layer"},
         "values": {"name": "none"},
