@@ -178,10 +178,58 @@ def methods() -> str:
     return table(["family", "name", "what it does", "paper", "needs", "options"], rows)
 
 
+def repairs() -> str:
+    """A table per model: every repair beside the model that it started from."""
+    results = read("repair_quality.json")
+    parts = []
+    for model, name in NAMES.items():
+        if model not in results:
+            continue
+        rows = []
+        for key, entry in results[model].items():
+            held = [number(value) for value in entry["held_out"]] if "held_out" in entry else ["", ""]
+            undone = " (undone)" if entry.get("kept") is False else ""
+            rows.append([f"{key}{undone}", number(entry["perplexity"]), *held, f"{entry.get('seconds', 0):,.0f}"])
+        dense = number(results[model]["dense"]["perplexity"])
+        head = [f"{name}, dense {dense}", "perplexity", "held-out loss before", "after", "seconds"]
+        parts.append(table(head, rows))
+    return "\n\n".join(parts)
+
+
+def shrunk() -> str:
+    """A table per model: every structured method, its size, quality and decode speed."""
+    results = read("shrink_quality.json")
+    parts = []
+    for model, name in NAMES.items():
+        if model not in results:
+            continue
+        dense = results[model]["dense"]
+        rows = []
+        for key, entry in results[model].items():
+            if key == "dense" or "refused" in entry:
+                continue
+            speed = entry.get("decode", {}).get("speedup")
+            rows.append(
+                [
+                    key,
+                    f"{entry['density']:.3f}",
+                    number(entry["perplexity"]),
+                    f"{speed:.2f}×" if speed else "",
+                    f"{entry['seconds']:,.0f}",
+                ]
+            )
+        rows.sort(key=lambda row: float(row[2].replace(",", "")))
+        head = [f"{name}, dense {number(dense['perplexity'])}", "of the blocks left", "perplexity", "decode", "seconds"]
+        parts.append(table(head, rows))
+    return "\n\n".join(parts)
+
+
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"demo": demo, "quality": both_qualities, "speed": speed},
     "docs/methods.md": {"methods": methods},
     "docs/quality.md": {"quality": everything},
+    "docs/repair.md": {"repairs": repairs},
+    "docs/shrink.md": {"shrink": shrunk},
 }
 
 
