@@ -1,13 +1,13 @@
 """Sparse and quantised together: quality and stored bits on models that were never 4-bit, and the speed of one layer.
 
 Quality. stories15M: calibration as in prune_quality.py (64 windows of 256 tokens from the first half of the stories, BOS
-before each), token perplexity over the first 96 windows of 256 tokens of the second half; matrix products read bf16 and
+before each), token perplexity over the first 96 windows of 256 tokens of the second half; matrix products may read bf16 and
 accumulate in float32. MiniLM (all-MiniLM-L6-v2): calibration on 64 windows of 128 tokens of Cranfield's last 400
 documents; nDCG@10 over its first 400 documents and the queries with a judgement among them, and the mean cosine between
 the embeddings and those of the dense model. Bits per weight are those of the stored layers of the saved checkpoint,
 positions, scales and zero points counted. Every row is judged on the checkpoint read back from disk.
 
-GQSA's stages learn from 256 windows of the stories' first half: 64 steps of two windows for each block, then 96 of two
+GQSA's stages learn from 128 windows of the stories' first half: 48 steps of two windows for each block, then 64 of two
 windows for the scales, whose loss is cross-entropy plus the divergence from the dense model.
 
 Speed. One layer of 4096 x 4096 in bf16 at one row, weights out of cache (copies rotate through 512 MiB), layouts in turns,
@@ -88,7 +88,7 @@ STAGES: dict[str, tuple[str, bool, bool]] = {
     "gqsa, both stages": ("none", True, True),
     "gqsa, both stages, from the joint walk": ("obs", True, True),
 }
-STEPS = (64, 96)
+STEPS = (48, 64)
 """Of stage 1 for each block, and of stage 2; two windows of 256 tokens a step."""
 JUDGED_ON_MINILM = ("round", "half of the 1x16", "half unstructured, int8, joint")
 
@@ -193,7 +193,7 @@ def gqsa(shared: Path, results: dict[str, Any], redo: bool, match: str) -> None:
     loaded = load_model(shared / "models" / "stories15M-hf", dtype=torch.float32)
     text = data.load_text(shared / "data" / "lm_text" / "tinystories_sample.txt")
     first, _ = data.halves(text if isinstance(text, list) else [text])
-    windows = data.windows_from_documents(first, loaded.tokenizer, 256, 256, random=True, seed=1)
+    windows = data.windows_from_documents(first, loaded.tokenizer, 128, 256, random=True, seed=1)
     batches = [{"input_ids": ids} for ids in windows.split(2)]
     for label in missing:
         recover, blocks, scales = STAGES[label]
