@@ -24,6 +24,11 @@ def read(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / name).read_text())
 
 
+def measured(name: str, make: Callable[[dict[str, Any]], str]) -> str:
+    """What `make` makes of a results file, or that there is none yet."""
+    return make(read(name)) if (RESULTS / name).exists() else "Not measured yet."
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
@@ -81,7 +86,7 @@ def everything() -> str:
                     method,
                     number(entry["perplexity"]),
                     number(entry["authors"]),
-                    f"{entry['seconds']:,.0f}",
+                    "" if entry["seconds"] is None else f"{entry['seconds']:,.0f}",
                     f"{entry['peak_memory_bytes'] / 1e9:.1f}",
                 ]
                 for method, entry in sorted(found, key=lambda one: one[1]["perplexity"])
@@ -178,9 +183,8 @@ def methods() -> str:
     return table(["family", "name", "what it does", "paper", "needs", "options"], rows)
 
 
-def repairs() -> str:
+def repairs(results: dict[str, Any]) -> str:
     """A table per model: every repair beside the model that it started from."""
-    results = read("repair_quality.json")
     parts = []
     for model, name in NAMES.items():
         if model not in results:
@@ -196,9 +200,8 @@ def repairs() -> str:
     return "\n\n".join(parts)
 
 
-def shrunk() -> str:
+def shrunk(results: dict[str, Any]) -> str:
     """A table per model: every structured method, its size, quality and decode speed."""
-    results = read("shrink_quality.json")
     parts = []
     for model, name in NAMES.items():
         if model not in results:
@@ -228,8 +231,8 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"demo": demo, "quality": both_qualities, "speed": speed},
     "docs/methods.md": {"methods": methods},
     "docs/quality.md": {"quality": everything},
-    "docs/repair.md": {"repairs": repairs},
-    "docs/shrink.md": {"shrink": shrunk},
+    "docs/repair.md": {"repairs": lambda: measured("repair_quality.json", repairs)},
+    "docs/shrink.md": {"shrink": lambda: measured("shrink_quality.json", shrunk)},
 }
 
 

@@ -34,7 +34,7 @@ SCOUT = "sparsegpt"
 """A fast recipe that finds how sparse this model may be; the best recipe then tries the next density."""
 PROMPT = "Explain in one sentence why the sky is blue."
 TASKS = ("piqa", "arc_easy")
-QUESTIONS = 40
+QUESTIONS = 24
 
 
 @dataclass
@@ -43,9 +43,9 @@ class Settings:
 
     out: Path
     method: str = "auto"
-    samples: int = 32
+    samples: int = 12
     seqlen: int = 512
-    windows: int = 16
+    windows: int = 12
     tasks_dir: Path | None = None
 
 

@@ -40,6 +40,8 @@ def ecoflap(
     The second stage of the paper is the recipe's own (Wanda or SparseGPT). From memory: that the floor is taken as 0.1
     below the target, and ε.
 
+    At 70 % on stories15M it is better than uniform and behind OWL (docs/quality.md).
+
     Raises:
         PumiceError: an option out of its range, or the loss does not depend on any group.
     """

@@ -42,6 +42,9 @@ def obert(
     Fisher blocks are as wide as a whole number of the pattern's groups, or as a part of one where the group is wider;
     for how F is built see the score `obert`. The paper removes a dropped set by its single updates added up where the
     pattern is unstructured; the joint one here is exact.
+
+    One-shot on a language model it is between Wanda and SparseGPT at 50 % and behind SparseGPT everywhere (docs/quality.md); the
+    paper uses it gradually, with training between.
     """
     groups = _groups(select, w_OI)
     width = groups[1] if groups is not None else 1
