@@ -43,7 +43,7 @@ class Settings:
 
     out: Path
     method: str = "auto"
-    samples: int = 12
+    samples: int = 16
     seqlen: int = 512
     windows: int = 12
     tasks_dir: Path | None = None
