@@ -72,7 +72,12 @@ def run(name: str, shared: Path, minutes: float, match: str, cache: Path | None,
     table = results.setdefault(name, {})
     if "dense" not in table:
         table["dense"] = {"perplexity": prune_quality.judge(dense, evaluation, bf16), "machine": machine_stamp()}
-    rows = [(start, method.name) for start in STARTS for method in registry.methods("repair")]
+    rows = [
+        (start, method.name)
+        for start in STARTS
+        for method in registry.methods("repair")
+        if not method.extras["integers"]
+    ]
     rows += [("dense", "perp")]
     for start, method in rows:
         key = f"{start} + {method}"
