@@ -320,7 +320,7 @@ def speed(results: dict[str, Any], redo: bool, wanted: list[int], size: int, col
                 line["bits_per_weight"] = round(layers[name].bits, 3)
             rows.append(line)
             print(line, flush=True)
-    peers = "llama.cpp's q4_0 is not among the rows: it is not installable where this was measured"
+    peers = "llama.cpp's q4_0 is not among the rows: nobody has tried to install it"
     load = round(os.getloadavg()[0], 1)
     results["speed"] = {"size": size, "rows": rows, "peers": peers, "load": load, "machine": machine_stamp()}
     write(results, "speed")

@@ -57,8 +57,8 @@ def perp(
 ) -> dict[str, Any]:
     """Train biases, norms and masked low-rank adapters end to end, then merge them: the mask does not change (PERP).
 
-    Fewer than five per cent of the parameters are trained, so that optimizer states cost little memory. With the dense
-    model at hand its logits are a second target (the paper trains on the task's loss alone).
+    A few per cent of the parameters are trained (the result says how many), so that optimizer states cost little memory.
+    With the dense model at hand its logits are a second target (the paper trains on the task's loss alone).
     """
     if mode not in ("lora", "scale"):
         raise PumiceError(f"mode={mode!r} must be lora or scale.")
