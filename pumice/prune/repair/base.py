@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pumice.core.calls import call_model
@@ -171,17 +170,6 @@ def relative_error(ours: Tensor, theirs: Tensor) -> Tensor:
     """‖ours − theirs‖² / ‖theirs‖²."""
     ours, theirs = ours.float(), theirs.float()
     return (ours - theirs).square().sum() / theirs.square().sum().clamp(min=1e-20)
-
-
-def divergence(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Mean KL(theirs ‖ ours) of logits [..., V], in nats."""
-    flat = ours.flatten(0, -2).float()
-    return F.kl_div(
-        F.log_softmax(flat, -1),
-        F.log_softmax(theirs.flatten(0, -2).float(), -1),
-        log_target=True,
-        reduction="batchmean",
-    )
 
 
 Objective = Callable[[Any], Tensor]

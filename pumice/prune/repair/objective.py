@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pumice.core.calls import call_model, hidden_of
 from pumice.core.gradients import loss_of
 from pumice.core.stream import find_units
-from pumice.prune.repair.base import Job, divergence, output_of, relative_error
+from pumice.prune.repair.base import Job, output_of, relative_error
 
 
 @contextmanager
@@ -29,6 +29,44 @@ def outputs_of(modules: list[nn.Module], found: list[Tensor]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def guided_loss(ours_TV: Tensor, theirs_TV: Tensor, target_T: Tensor, task: float, distil: float) -> Tensor:
+    """task · mean cross-entropy of the targets + distil · mean KL(theirs ‖ ours), in nats.
+
+    One softmax of each serves value and gradient, since with a large vocabulary these passes take as long as the model.
+
+    Args:
+        ours_TV, theirs_TV: logits; no gradient flows to `theirs_TV`.
+        target_T: int64, -100 for rows without a target.
+    """
+    return _Guided.apply(ours_TV, theirs_TV, target_T, task, distil)
+
+
+class _Guided(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ours_TV: Tensor, theirs_TV: Tensor, target_T: Tensor, task: float, distil: float) -> Tensor:
+        log_p = ours_TV.float().log_softmax(1)
+        log_q = theirs_TV.float().log_softmax(1)
+        rows_N = (target_T >= 0).nonzero().flatten()
+        columns_N = target_T[rows_N]
+        # An empty sum is zero: a batch of padding alone teaches nothing.
+        share, part = task / max(rows_N.numel(), 1), distil / max(ours_TV.shape[0], 1)
+        value = -share * log_p[rows_N, columns_N].sum()
+        q = log_q.exp()
+        value = value + part * (torch.dot(q.flatten(), log_q.flatten()) - torch.dot(q.flatten(), log_p.flatten()))
+        ctx.save_for_backward(log_p, q, rows_N, columns_N)
+        ctx.share, ctx.part, ctx.dtype = share, part, ours_TV.dtype
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        log_p, q, rows_N, columns_N = ctx.saved_tensors
+        scale_T = torch.full((log_p.shape[0], 1), ctx.part, dtype=log_p.dtype, device=log_p.device)
+        scale_T[rows_N] += ctx.share
+        out = log_p.exp().mul_(scale_T).sub_(q, alpha=ctx.part)
+        out[rows_N, columns_N] -= ctx.share
+        return out.mul_(grad).to(ctx.dtype), None, None, None, None
 
 
 class Objective:
@@ -56,30 +94,38 @@ class Objective:
         ours: list[Tensor] = []
         with outputs_of(self.blocks, ours):
             result = output_of(call_model(self.model, inputs))
-        loss, theirs = self._task(batch, result), None
-        if self.job.teacher is not None and (self.distil or self.features or loss is None):
+        target, loss = self._target(batch, result), None
+        if self.job.teacher is not None and (self.distil or self.features or target is None):
             features: list[Tensor] = []
             with torch.no_grad(), outputs_of(self.dense, features):
                 theirs = output_of(call_model(self.job.teacher, inputs))
-            gap = relative_error(result, theirs) if loss is None else self.distil * divergence(result, theirs)
-            loss = gap if loss is None else self.task * loss + gap
+            if target is None:
+                loss = relative_error(result, theirs)
+            else:
+                loss = guided_loss(result.flatten(0, -2), theirs.flatten(0, -2), target, self.task, self.distil)
             mask = inputs.get("attention_mask")
             for mine, dense in zip(ours, features, strict=True):
                 loss = loss + self.features * relative_error(*(_real(x, mask) for x in (mine, dense)))
+        elif target is not None:
+            loss = self.task * F.cross_entropy(result.flatten(0, -2).float(), target)
         return self.job.plain_loss(self.model, batch) if loss is None else loss
 
-    def _task(self, batch: Mapping[str, Any], result: Tensor) -> Tensor | None:
-        """Cross-entropy of the next token, or of the labels; None where the batch names no target."""
+    def _target(self, batch: Mapping[str, Any], result: Tensor) -> Tensor | None:
+        """For each row of the flattened result the class it should name, -100 for none; None where the batch names none.
+
+        A causal language model's rows should name the next token, and the last of a window nothing.
+        """
         labels = batch.get("labels")
         ids = batch.get("input_ids")
         if isinstance(ids, Tensor) and result.dim() == 3 and result.shape[:2] == ids.shape and self._is_causal():
-            target = (ids if labels is None else labels)[:, 1:]
+            target = torch.full_like(ids, -100)
+            target[:, :-1] = (ids if labels is None else labels)[:, 1:]
             mask = batch.get("attention_mask")
             if mask is not None and mask.shape == ids.shape:
-                target = target.masked_fill(mask[:, 1:] == 0, -100)
-            return F.cross_entropy(result[:, :-1].flatten(0, 1).float(), target.flatten())
+                target[:, :-1].masked_fill_(mask[:, 1:] == 0, -100)
+            return target.flatten()
         if isinstance(labels, Tensor) and labels.dtype == torch.long and result.dim() == 2:
-            return F.cross_entropy(result.float(), labels)
+            return labels
         return None
 
     def _is_causal(self) -> bool:
