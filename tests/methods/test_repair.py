@@ -236,6 +236,20 @@ def test_guided_loss_is_cross_entropy_plus_divergence(targets):
     torch.testing.assert_close(gradient, ours.grad)
 
 
+def test_a_share_of_the_positions_is_compared_and_the_mean_is_the_whole():
+    dense, sparse = pruned()
+    (batch,) = text_batches(1, 8)
+    job = Job(find_views(sparse), [batch], [batch], teacher=dense)
+    whole = float(Objective(sparse, job, 1.0, 0.0, 0.0)(batch).detach())
+    part = Objective(sparse, job, 1.0, 0.0, 0.0, 0.5)
+    # 8 positions, 4 at a time, all equally often: the mean converges to the whole.
+    found = torch.tensor([float(part(batch).detach()) for _ in range(400)])
+    assert found.std() > 0
+    assert found.mean() == pytest.approx(whole, abs=5 * float(found.std()) / 20)
+    with pytest.raises(PumiceError, match="logits=0"):
+        Objective(sparse, job, logits=0)
+
+
 def test_encoder_follows_the_teacher():
     """A model without a loss of its own is trained towards the dense model's outputs."""
     dense = tiny.bert()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pumice.core.calls import call_model, hidden_of
+from pumice.core.errors import PumiceError
 from pumice.core.gradients import loss_of
 from pumice.core.stream import find_units
 from pumice.prune.repair.base import Job, output_of, relative_error
@@ -73,17 +75,30 @@ class Objective:
     """Loss of one batch: task + distil·KL(dense ‖ model) + features·Σ over blocks of ‖f − f_dense‖²/‖f_dense‖².
 
     A model without a loss of its own (an encoder, a bare module) is trained towards the dense model's outputs.
-    Features are compared at the blocks' outputs, without padding (SquareHead, arXiv:2310.06927).
+    Features are compared at the blocks' outputs, without padding (SquareHead, arXiv:2310.06927). `logits` below 1 computes
+    task and divergence at that share of a window's positions only, drawn at random, where the model takes
+    `logits_to_keep`: with a large vocabulary and a small model the head is most of the work.
     """
 
     def __init__(
-        self, model: nn.Module, job: Job, distil: float = 0.0, features: float = 0.0, task: float = 1.0
+        self,
+        model: nn.Module,
+        job: Job,
+        distil: float = 0.0,
+        features: float = 0.0,
+        task: float = 1.0,
+        logits: float = 1.0,
     ) -> None:
-        self.model, self.job = model, job
+        if not 0 < logits <= 1:
+            raise PumiceError(
+                f"logits={logits} must be above 0 and at most 1: the share of positions that are compared."
+            )
+        self.model, self.job, self.logits = model, job, logits
         self.distil, self.features, self.task = (distil, features, task) if job.teacher is not None else (0.0, 0.0, 1.0)
         names = [unit.name for unit in find_units(model, job.views)] if self.features else []
         self.blocks = [model.get_submodule(name) for name in names]
         self.dense = [job.teacher.get_submodule(name) for name in names] if job.teacher is not None else []
+        self.generator = torch.Generator().manual_seed(job.seed)
 
     def __call__(self, batch: Any) -> Tensor:
         if self.job.loss is not None and not (self.distil or self.features):
@@ -91,10 +106,13 @@ class Objective:
         if not isinstance(batch, Mapping):
             return self.job.plain_loss(self.model, batch)
         inputs = {key: value for key, value in batch.items() if key != "labels"}
+        positions = self._positions(inputs.get("input_ids"))
+        if positions is not None:
+            inputs["logits_to_keep"] = positions
         ours: list[Tensor] = []
         with outputs_of(self.blocks, ours):
             result = output_of(call_model(self.model, inputs))
-        target, loss = self._target(batch, result), None
+        target, loss = self._target(batch, result, positions), None
         if self.job.teacher is not None and (self.distil or self.features or target is None):
             features: list[Tensor] = []
             with torch.no_grad(), outputs_of(self.dense, features):
@@ -110,20 +128,31 @@ class Objective:
             loss = self.task * F.cross_entropy(result.flatten(0, -2).float(), target)
         return self.job.plain_loss(self.model, batch) if loss is None else loss
 
-    def _target(self, batch: Mapping[str, Any], result: Tensor) -> Tensor | None:
+    def _positions(self, ids: Any) -> Tensor | None:
+        """Which positions get logits, drawn anew for each batch; None for all, or where the model cannot choose."""
+        if self.logits == 1 or not isinstance(ids, Tensor) or ids.dim() != 2 or not self._is_causal():
+            return None
+        for model in (self.model, self.job.teacher):
+            if model is not None and "logits_to_keep" not in inspect.signature(model.forward).parameters:
+                return None
+        count = max(1, round(self.logits * ids.shape[1]))
+        return torch.randperm(ids.shape[1], generator=self.generator)[:count].sort().values.to(ids.device)
+
+    def _target(self, batch: Mapping[str, Any], result: Tensor, positions: Tensor | None) -> Tensor | None:
         """For each row of the flattened result the class it should name, -100 for none; None where the batch names none.
 
         A causal language model's rows should name the next token, and the last of a window nothing.
         """
         labels = batch.get("labels")
         ids = batch.get("input_ids")
-        if isinstance(ids, Tensor) and result.dim() == 3 and result.shape[:2] == ids.shape and self._is_causal():
+        if isinstance(ids, Tensor) and result.dim() == 3 and self._is_causal():
             target = torch.full_like(ids, -100)
             target[:, :-1] = (ids if labels is None else labels)[:, 1:]
             mask = batch.get("attention_mask")
             if mask is not None and mask.shape == ids.shape:
                 target[:, :-1].masked_fill_(mask[:, 1:] == 0, -100)
-            return target.flatten()
+            target = target if positions is None else target[:, positions]
+            return target.flatten() if target.shape == result.shape[:2] else None
         if isinstance(labels, Tensor) and labels.dtype == torch.long and result.dim() == 2:
             return labels
         return None
