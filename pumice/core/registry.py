@@ -9,6 +9,7 @@ import pkgutil
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import UnionType
 from typing import Any
 
 from pumice.core.errors import PumiceError
@@ -126,6 +127,9 @@ def _options(obj: Any) -> dict[str, Option]:
         if typing.get_origin(hint) is typing.Annotated:
             hint, *notes = typing.get_args(hint)
             text = next((note for note in notes if isinstance(note, str)), "")
+        arms = [arm for arm in typing.get_args(hint) if arm is not type(None)]
+        if typing.get_origin(hint) in (UnionType, typing.Union) and len(arms) == 1:
+            hint = arms[0]
         default = None if parameter.default is inspect.Parameter.empty else parameter.default
         found[name] = Option(name, hint, default, text)
     return found
@@ -227,10 +231,15 @@ shrink = Family("shrink", "pumice.prune.shrink")
 rewrite = Family("rewrite", "pumice.prune.rewrite", patterns=None)
 pattern = Family("pattern", "pumice.weights.patterns", grammar="")
 layout = Family("layout", "pumice.weights.layouts", storable=True)
-FAMILIES = {
-    family.name: family
-    for family in (scorer, recovery, allocation, goal, values, repair, shrink, rewrite, pattern, layout)
-}
+# gradient: what reaches the router's parameters ("weight": through combine weights, "loss": through losses only, "none").
+router = Family("router", "pumice.moe.route", gradient="weight", chance=False, candidates=False)
+# makes: the kind of plan; causal: whether a token's experts are independent of the other tokens of the batch.
+assign = Family(
+    "assign", "pumice.moe.assign", makes="plan", causal=True, balanced=False, chance=False, candidates=False
+)
+balance = Family("balance", "pumice.moe.balance", weight=0.01)
+experts = Family("experts", "pumice.moe.experts", merges=True)
+FAMILIES = {one.name: one for one in list(globals().values()) if isinstance(one, Family)}
 
 
 def family(name: str) -> Family:
