@@ -14,6 +14,7 @@ MAY = {
     "weights": {"core", "weights"},
     "prune": {"core", "weights", "prune"},
     "kernels": {"core", "weights", "kernels", "_native"},
+    "moe": {"core", "weights", "moe"},
     "engine": {"core", "weights", "prune", "kernels", "engine", "recipe"},
 }
 """Folder -> what it may import (`_native` is the compiled library)."""

@@ -80,7 +80,7 @@ def register(backend: Backend) -> Backend:
 
 
 def register_traced(op: str, function: Run) -> None:
-    """Set the function `(packed, bias, x_RI) -> y_RO` that runs `op` as graph operators with gradients."""
+    """Set the function `(packed, bias, x_RI, *more) -> y_RO` that runs `op` as graph operators with gradients."""
     _traced[op] = function
 
 
@@ -144,13 +144,13 @@ def get(op: str, layout: str, name: str) -> Backend:
     return found[name]
 
 
-def traced(op: str, packed: Stored, bias: Tensor | None, x: Tensor) -> Tensor:
+def traced(op: str, packed: Stored | Tensor, bias: Tensor | None, x: Tensor, *more: Any) -> Tensor:
     """`op` by operators that torch.compile, torch.export and autograd see; slower to call than a prepared backend."""
     if op not in _traced:
         discover()
     if op not in _traced:
         raise PumiceError(f"op={op!r} has no traced form: known are {', '.join(_traced) or 'none'}.")
-    return _traced[op](packed, bias, x)
+    return _traced[op](packed, bias, x, *more)
 
 
 def limits(

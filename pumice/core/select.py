@@ -140,3 +140,27 @@ def kth_largest_streamed(parts: Callable[[], Iterable[Tensor]], k: int) -> float
         counts += histogram(bits[(bits >> 16) == high] & 0xFFFF)
     low, _ = pick(counts, k)
     return torch.tensor((high << 16) | low, dtype=torch.int32).view(torch.float32).item()
+
+
+def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and indices of the k largest of each row, largest first; which of equal ones is PyTorch's choice.
+
+    Raises:
+        PumiceError: NaN among the scores.
+    """
+    if not torch.compiler.is_compiling():
+        _check(scores)
+    return scores.topk(k, dim=-1)
+
+
+def best_of_groups(priority_A: Tensor, group_A: Tensor, keep: int | Tensor) -> Tensor:
+    """Mask [A] of the `keep` largest priorities within each group (a number for each, or one for all); earlier ones
+    win at ties.
+    """
+    order_A = torch.argsort(priority_A, descending=True, stable=True)
+    order_A = order_A[torch.argsort(group_A[order_A], stable=True)]
+    sorted_A = group_A[order_A]
+    place_A = torch.arange(group_A.shape[0], device=group_A.device)
+    rank_A = place_A - torch.searchsorted(sorted_A, sorted_A)
+    room = keep[sorted_A] if isinstance(keep, Tensor) else keep
+    return torch.empty_like(group_A, dtype=torch.bool).scatter_(0, order_A, rank_A < room)

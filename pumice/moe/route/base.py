@@ -1,0 +1,45 @@
+"""What every router is: a module from tokens to a `Routing`.
+
+Legend: T tokens, D model width, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from pumice.moe.routing import RouteContext, Routing
+
+
+class Router(nn.Module):
+    """Base of routers: `Router(d_model, experts, *, option=…)`, `forward(x_TD, context) -> Routing`.
+
+    A router computes in float32 inside models of half precision: its parameters stay float32 when the model is
+    converted, and the layer hands it tokens of that dtype.
+    """
+
+    def __init__(self, d_model: int, experts: int) -> None:
+        super().__init__()
+        self.d_model, self.experts = d_model, experts
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What tokens are converted to for this router."""
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
+
+    def forward(self, x_TD: Tensor, context: RouteContext) -> Routing:
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def keep_precision(tensor: Tensor) -> Tensor:
+            out = fn(tensor)
+            lowered = tensor.dtype is torch.float32 and out.dtype in (torch.bfloat16, torch.float16)
+            return tensor.to(out.device) if lowered else out
+
+        return super()._apply(keep_precision, recurse)
+
+    def extra_repr(self) -> str:
+        return f"d_model={self.d_model}, experts={self.experts}"
