@@ -20,7 +20,7 @@ from pumice.core.errors import PumiceError
 _active: list[RouteContext] = []
 
 
-@dataclass
+@dataclass(eq=False)
 class RouteContext:
     """What a router, an assignment or a balance loss may know beyond the tokens' states; every field may be missing.
 
@@ -112,7 +112,7 @@ class RouteContext:
         return dataclasses.replace(self, experts=experts, training=training, **flat)
 
 
-@dataclass
+@dataclass(eq=False)
 class Routing:
     """What a router says: for each token and expert a raw logit, a combine weight, and what selection compares.
 
