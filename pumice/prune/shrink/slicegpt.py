@@ -162,7 +162,7 @@ def _check_same(before: Tensor, after: Tensor, model: nn.Module) -> None:
     if not gap < (1e-2 if wide else 0.3):
         raise PumiceError(
             f"{type(model).__name__} computes something else in another basis (outputs differ by {gap:.2g} of their "
-            "largest): it is not made of pre-norm blocks alone, and is now changed; load it again and use another method."
+            "largest): it is not made of pre-norm blocks alone; use another method."
         )
 
 

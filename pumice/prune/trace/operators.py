@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pumice.core.calls import tensors
 from pumice.prune.trace.labels import FIXED, Lab, spans
-from pumice.prune.trace.rules import ATTENTION, BATCH_NORMS, MOVES, REDUCES, SAME, SPATIAL, Rules
+from pumice.prune.trace.names import ATTENTION, BATCH_NORMS, MOVES, REDUCES, SAME, SPATIAL
+from pumice.prune.trace.rules import Rules
 
 Arguments = dict[str, Any]
 
