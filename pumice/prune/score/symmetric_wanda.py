@@ -8,7 +8,7 @@ from pumice.core.registry import scorer
 from pumice.core.stats import Stats
 
 
-@scorer("symmetric-wanda", paper="arXiv:2501.18980", needs=("input_sqnorm", "output"))
+@scorer("symmetric-wanda", simpler="wanda", paper="arXiv:2501.18980", needs=("input_sqnorm", "output"))
 def symmetric_wanda(
     w_OI: Tensor, stats: Stats, *, share: Annotated[float, "weight of the output norm beside the input norm"] = 1.0
 ) -> Tensor:
