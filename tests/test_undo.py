@@ -146,7 +146,7 @@ def test_hooks_that_were_there_before_can_still_be_removed():
 
 
 def test_nothing_is_undone_when_nothing_fails():
-    model = nn.Sequential(nn.Linear(4, 4))
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
     with restored_on_failure(model):
         model[0].weight.data.zero_()
         model.append(nn.Linear(4, 2))

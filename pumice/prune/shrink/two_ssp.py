@@ -63,8 +63,14 @@ def two_ssp(
     wanted = attentions_to_remove(layers, parts, 1 - job.density, alpha)
     count = min(wanted, int((1 - job.density) / share + 1e-9))
     first = replace(job, density=min(1.0, job.density + count * share))
-    removable(model, groups, first)
-    counts = uniform(model, groups, first, multiple)
+    try:
+        removable(model, groups, first)
+        counts = uniform(model, groups, first, multiple)
+    except PumiceError as error:
+        raise PumiceError(
+            f"density={job.density:g} cannot be reached: behind {count} of {len(layers)} attentions the FFNs would have to "
+            "give more than all neurons but one each; ask for a higher density, or take another method."
+        ) from error
     scores = activation_norms(model, groups, batches, job)
     cuts = [(g, select.topk(scores[g.name], kept)) for g, kept in zip(groups, counts, strict=True)]
     cut(model, cuts, batches, job, refit, choice)
