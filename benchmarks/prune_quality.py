@@ -13,7 +13,6 @@ PyTorch's switch for it, where the CPU heeds it).
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import random
@@ -24,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 from torch import nn
 
@@ -277,18 +277,12 @@ def run(name: str, shared: Path, results: dict[str, Any], redo: bool, match: str
             "machine": machine_stamp(),
         }
         print(name, row.key, {k: table[row.key][k] for k in ("perplexity", "authors", "seconds")}, flush=True)
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps({**results, "protocol": __doc__, "authors": REFERENCE}, indent=1) + "\n")
+        common.write(RESULTS, results, protocol=__doc__, authors=REFERENCE)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, required=True, help="folder with data/ and models/")
-    parser.add_argument("--only", default="", help="models whose name contains this")
-    parser.add_argument("--match", default="", help="rows whose name contains this")
-    parser.add_argument("--redo", action="store_true", help="measure again what is in the results already")
-    args = parser.parse_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    args = common.arguments(__doc__).parse_args()
+    results = common.read(RESULTS)
     for name in MODELS:
         if args.only in name:
             run(name, args.shared, results, args.redo, args.match)

@@ -16,17 +16,16 @@ not what the network was trained on, so that the figures rank methods rather tha
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib
 import importlib.util
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -140,18 +139,12 @@ def run(name: str, shared: Path, results: dict[str, Any], redo: bool, match: str
             "machine": machine_stamp(),
         }
         print(name, key, found, f"{seconds:.1f} s", flush=True)
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps({**results, "protocol": __doc__}, indent=1) + "\n")
+        common.write(RESULTS, results, protocol=__doc__)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, required=True, help="folder with data/")
-    parser.add_argument("--only", default="", help="models whose name contains this")
-    parser.add_argument("--match", default="", help="rows whose name contains this")
-    parser.add_argument("--redo", action="store_true", help="measure again what is in the results already")
-    args = parser.parse_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    args = common.arguments(__doc__, "data/").parse_args()
+    results = common.read(RESULTS)
     for name in SUBJECTS:
         if args.only in name:
             run(name, args.shared, results, args.redo, args.match)

@@ -10,13 +10,12 @@ model the same training for the same time: what it gains is the text's domain, n
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import time
 from pathlib import Path
 from typing import Any
 
+import common
 import prune_quality
 import torch
 from torch import nn
@@ -108,18 +107,15 @@ def run(name: str, shared: Path, minutes: float, match: str, cache: Path | None,
             "machine": machine_stamp(),
         }
         print(name, key, round(table[key]["perplexity"], 2), table[key]["seconds"], flush=True)
-        RESULTS.write_text(json.dumps({**results, "protocol": __doc__}, indent=1) + "\n")
+        common.write(RESULTS, results, protocol=__doc__)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, required=True, help="folder with data/ and models/")
-    parser.add_argument("--only", default="", help="models whose name contains this")
-    parser.add_argument("--match", default="", help="rows whose name contains this")
+    parser = common.arguments(__doc__, redo=False)
     parser.add_argument("--minutes", type=float, help="time for one repair (1 on stories15M, 9 on SmolLM2)")
     parser.add_argument("--cache", type=Path, help="folder that keeps the pruned models between runs")
     args = parser.parse_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = common.read(RESULTS)
     for name in prune_quality.MODELS:
         if args.only in name:
             run(name, args.shared, args.minutes or MINUTES[name], args.match, args.cache, results)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import json
 import statistics
 import sys
 import time
@@ -32,6 +31,7 @@ from pumice.engine.shrink import save_shrunk, shrink_result
 from pumice.kernels.features import machine_stamp
 
 sys.path.insert(0, str(Path(__file__).parent))
+import common
 from prune_quality import judge, smollm2, stories
 
 RESULTS = Path(__file__).parent / "results" / "shrink_quality.json"
@@ -62,8 +62,7 @@ def rows() -> list[tuple[str, dict[str, Any], float]]:
 
 
 def write(results: dict[str, Any]) -> None:
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({**results, "protocol": __doc__}, indent=1) + "\n")
+    common.write(RESULTS, results, protocol=__doc__)
 
 
 def quality(args: argparse.Namespace, results: dict[str, Any]) -> None:
@@ -197,19 +196,15 @@ def steps(model: nn.Module, prompt: int = 64, count: int = 16) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, required=True, help="folder with data/ and models/")
+    parser = common.arguments(__doc__)
     parser.add_argument("--models", type=Path, help="folder that keeps the smaller models, for --decode")
     parser.add_argument("--decode", action="store_true", help="time the kept models instead")
     parser.add_argument("--minilm", action="store_true", help="judge the encoder instead")
     parser.add_argument("--rounds", type=int, default=6, help="turns of dense and smaller model")
-    parser.add_argument("--only", default="", help="models whose name contains this")
-    parser.add_argument("--match", default="", help="rows whose name contains this")
-    parser.add_argument("--redo", action="store_true", help="measure again what is in the results already")
     args = parser.parse_args()
     if args.decode and args.models is None:
         parser.error("--decode times the models of an earlier run: give its --models")
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = common.read(RESULTS)
     (decode if args.decode else minilm if args.minilm else quality)(args, results)
 
 

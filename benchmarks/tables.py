@@ -14,31 +14,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+import earned
+import sections
+from shown import ENCODER, NAMES, TITLES, machine, number, table
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-TITLES = {"0.5": "50 % zeros", "0.3": "70 % zeros"}
-NAMES = {"smollm2-135m": "SmolLM2-135M-Instruct", "stories15m": "stories15M"}
 
 
 def read(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / name).read_text())
 
 
-def measured(name: str, make: Callable[[dict[str, Any]], str]) -> str:
-    """What `make` makes of a results file, or that there is none yet."""
-    return make(read(name)) if (RESULTS / name).exists() else "Not measured yet."
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in cells])
-
-
-def number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+def measured(name: str, make: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
+    """A section that `make` makes of a results file; left out where there is none."""
+    return lambda: make(read(name)) if (RESULTS / name).exists() else ""
 
 
 def quality(model: str) -> str:
@@ -97,7 +88,7 @@ def everything() -> str:
 
 
 def both_qualities() -> str:
-    machine = read("prune_quality.json")["smollm2-135m"]["dense"]["machine"]
+    stamp = read("prune_quality.json")["smollm2-135m"]["dense"]["machine"]
     seconds = read("prune_quality.json")["smollm2-135m"]
     timed = ", ".join(
         f"{key.partition(' @ ')[0]} {seconds[key]['seconds']:.0f} s" for key in ("wanda @ 0.5", "sparsegpt @ 0.5")
@@ -107,7 +98,7 @@ def both_qualities() -> str:
         "(`benchmarks/prune_quality.py`). Calibration windows are drawn at random; at 70 % the draw alone moves perplexity "
         "by more than ten per cent, so that Wanda and OWL are shown with other draws too (`theirs`: cut where the authors' "
         f"loaders cut). Time to prune SmolLM2 with 64 × 1024 tokens: {timed} "
-        f"({machine['cores']} cores of {machine['cpu']}, {machine['kernels_in_use']})."
+        f"({machine(stamp)})."
     )
     return f"{quality('smollm2-135m')}\n\n{quality('stories15m')}\n\n{note}"
 
@@ -128,7 +119,7 @@ def demo() -> str:
         rows.append([row.label, *cells])
     curve = ", ".join(f"{point.label} {number(point.perplexity)}" for point in run.curve)
     said = "\n".join(f"- {name}: “{' '.join(text.split())}”" for name, text in run.generations[0].texts.items())
-    machine = f"{run.machine['cores']} cores of {run.machine['cpu']}, {run.machine['kernels_in_use']}, {run.bench['threads']} threads"
+    where = f"{machine(run.machine)}, {run.bench['threads']} threads"
     asked = sorted({task["n"] for column in run.columns for task in column.tasks.values() if "n" in task})
     questions = (
         f"; zero-shot on {', '.join(f'{count:g}' for count in asked)} questions each, too few to rank by"
@@ -138,7 +129,7 @@ def demo() -> str:
     return (
         f"{verdict(run)}\n\n{table(['', *summary.columns], rows)}\n\n"
         f"Perplexity: {curve}. Asked “{run.generations[0].prompt}”:\n\n{said}\n\n"
-        f"({machine}; {'; '.join(note for note in run.notes if 'demo took' in note)}{questions}.)"
+        f"({where}; {'; '.join(note for note in run.notes if 'demo took' in note)}{questions}.)"
     )
 
 
@@ -162,24 +153,30 @@ def speed() -> str:
         rows.append([name, *cells])
     head = [f"{t} thread{'s' if t > 1 else ''}, {r} row{'s' if r > 1 else ''}" for t in threads for r in rows_of]
     cost = results["call_overhead_us"]
-    machine = results["machine"]
+    stamp = results["machine"]
     return (
         f"{table(['4096 × 4096, bf16, weights cold', *head], rows)}\n\n"
-        f"Against the faster of `F.linear` and oneDNN with its own weight order (`benchmarks/matvec.py`; {machine['cpu']}, "
-        f"{machine['kernels_in_use']}). A sparse layer's call costs {cost['2-D: layer beyond kernel']} µs beyond its kernel for "
+        f"Against the faster of `F.linear` and oneDNN with its own weight order (`benchmarks/matvec.py`; {stamp['cpu']}, "
+        f"{stamp['kernels_in_use']}). A sparse layer's call costs {cost['2-D: layer beyond kernel']} µs beyond its kernel for "
         f"2-D inputs and {cost['3-D: layer beyond kernel']} µs for 3-D ones; a whole call of a tiny `nn.Linear` costs "
         f"{cost['nn.Linear call']} µs."
     )
 
 
 def methods() -> str:
-    """Everything registered, with what it needs and where it comes from."""
+    """Everything registered, with what it needs and where it comes from; what nowhere beats the simpler method says so."""
     from pumice.core import registry
 
+    found = registry.methods()
+    said = {(info.family, info.name): info.extras.get("simpler") for info in found}
+    remarks = earned.remarks(
+        lambda name: read(name) if (RESULTS / name).exists() else None, lambda *method: said.get(method)
+    )
     rows = []
-    for info in registry.methods():
+    for info in found:
         options = ", ".join(f"`{name}={option.default}`" for name, option in info.options.items())
-        rows.append([info.family, f"`{info.name}`", info.summary, info.paper or "", ", ".join(info.needs), options])
+        what = " ".join(filter(None, (info.summary, remarks.get((info.family, info.name)))))
+        rows.append([info.family, f"`{info.name}`", what, info.paper or "", ", ".join(info.needs), options])
     return table(["family", "name", "what it does", "paper", "needs", "options"], rows)
 
 
@@ -224,16 +221,50 @@ def shrunk(results: dict[str, Any]) -> str:
         rows.sort(key=lambda row: float(row[2].replace(",", "")))
         head = [f"{name}, dense {number(dense['perplexity'])}", "of the blocks left", "perplexity", "decode", "seconds"]
         parts.append(table(head, rows))
+    encoder = results.get("minilm", {})
+    if encoder:
+        found = [(key, row) for key, row in encoder.items() if key != "dense" and "refused" not in row]
+        found.sort(key=lambda one: -one[1]["ndcg@10"])
+        cells = [
+            [key, f"{row['density']:.3f}", f"{row['ndcg@10']:.3f}", f"{row['seconds']:,.0f}"] for key, row in found
+        ]
+        head = [f"{ENCODER}, dense {encoder['dense']['ndcg@10']:.3f}", "of the blocks left", "nDCG@10", "seconds"]
+        parts.append(table(head, cells))
     return "\n\n".join(parts)
 
 
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"demo": demo, "quality": both_qualities, "speed": speed},
     "docs/methods.md": {"methods": methods},
-    "docs/quality.md": {"quality": everything},
-    "docs/repair.md": {"repairs": lambda: measured("repair_quality.json", repairs)},
-    "docs/shrink.md": {"shrink": lambda: measured("shrink_quality.json", shrunk)},
+    "docs/quality.md": {
+        "quality": everything,
+        "other": measured("prune_quality_other.json", sections.other),
+        "armor": measured("armor.json", sections.armor),
+        "chita": measured("chita.json", sections.chita),
+        "larger": measured("larger_than_memory.json", sections.larger),
+    },
+    "docs/quantised.md": {
+        "quantised": measured("quant_sparse.json", sections.quantised),
+        "quantised speed": measured("quant_sparse.json", sections.quantised_speed),
+    },
+    "docs/repair.md": {"repairs": measured("repair_quality.json", repairs)},
+    "docs/shrink.md": {
+        "shrink": measured("shrink_quality.json", shrunk),
+        "scratch": measured("scratch.json", sections.scratch),
+    },
 }
+
+
+def rewritten(text: str, made: dict[str, Callable[[], str]]) -> str:
+    """A page with everything between its markers made anew; a marker that is missing ends the program."""
+    for name, make in made.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        body = make()
+        inside = f"{body}\n" if body else ""
+        text, count = pattern.subn(lambda match, inside=inside: f"{match[1]}{inside}{match[2]}", text)
+        if count != 1:
+            raise SystemExit(f"there must be one <!-- {name} --> with its end, and there are {count}")
+    return text
 
 
 def main() -> int:
@@ -241,13 +272,10 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="change nothing, fail where something is out of date")
     check = parser.parse_args().check
     stale = []
-    for file, sections in SECTIONS.items():
+    for file, made in SECTIONS.items():
         path = ROOT / file
-        before = text = path.read_text()
-        for name, make in sections.items():
-            pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-            made = make()
-            text = pattern.sub(lambda match, made=made: f"{match[1]}{made}\n{match[2]}", text)
+        before = path.read_text()
+        text = rewritten(before, made)
         if text != before:
             stale.append(file)
             if not check:

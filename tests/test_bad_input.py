@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from pumice.core.errors import PumiceError
+from pumice.engine.shrink import shrink_result
 from pumice.prune.axes import Axes
 from pumice.prune.run import Pruner
+from tests import tiny
 
 
 class Net(nn.Module):
@@ -152,3 +154,80 @@ def test_fewer_tokens_than_inputs_are_told(tokens):
     told = [note for note in result.notes if "2 layers (first layers.0.weight) have more inputs" in note]
     assert len(told) == (tokens < 16)
     assert any("15 calibration tokens for 16 inputs" in note for note in result.layers[0].notes) == (tokens < 16)
+
+
+class Listed(nn.Module):
+    """Three residual blocks in a list, of which the last is never run; or in a dict, which is no list."""
+
+    def __init__(self, lists=True):
+        super().__init__()
+        made = [nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16)) for _ in range(3)]
+        self.blocks = nn.ModuleList(made) if lists else nn.ModuleDict({f"b{i}": b for i, b in enumerate(made)})
+
+    def forward(self, x):
+        for block in list(self.blocks if isinstance(self.blocks, nn.ModuleList) else self.blocks.values())[:2]:
+            x = x + block(x)
+        return x
+
+
+@pytest.mark.parametrize("method", ["width", "flap", "width-ls"])
+def test_layers_that_the_data_never_come_to_are_named_and_left_whole(method):
+    model = Listed()
+    before = model.blocks[2][0].weight.clone()
+    result = shrink_result(model, method, density=0.6, data=[torch.randn(80, 16)], progress=False)
+    note = next(note for note in result.notes if "never came there" in note)
+    assert "blocks.2.0.weight, blocks.2.2.weight:" in note
+    assert torch.equal(model.blocks[2][0].weight, before)
+    assert model.blocks[0][0].out_features < 64
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["width-ls", "heads", "slicegpt", {"name": "2ssp", "refit": "dense"}, {"name": "cfsp", "refit": "layer"}],
+    ids=str,
+)
+def test_structured_methods_say_where_tokens_are_fewer_than_inputs(method):
+    few = {"data": [{"input_ids": torch.arange(4, 9)[None]}], "progress": False}
+    result = shrink_result(tiny.llama(num_hidden_layers=3), method, density=0.81, **few)
+    assert any("fewer calibration tokens than they have inputs" in note for note in result.notes)
+    many = {"data": [{"input_ids": torch.randint(4, 100, (4, 40))}], "progress": False}
+    result = shrink_result(tiny.llama(num_hidden_layers=3), method, density=0.81, **many)
+    assert not any("fewer calibration tokens" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    ("method", "density", "says"),
+    [
+        ("depth", 0.3, r"density=0\.3.*one of 3 has to stay, which holds 33\.3%"),
+        (
+            "2ssp",
+            0.02,
+            r"density=0\.02 cannot be reached: behind [23] of 3 attentions",
+        ),
+        ("width", 0.02, r"density=0\.02.*are left; ask for more"),
+    ],
+)
+def test_a_request_that_would_empty_the_model_names_what_can_be_asked_for(method, density, says):
+    with pytest.raises(PumiceError, match=says):
+        shrink_result(
+            tiny.llama(num_hidden_layers=3),
+            method,
+            density=density,
+            data=[{"input_ids": torch.randint(4, 100, (2, 40))}],
+            progress=False,
+        )
+
+
+def test_a_single_group_of_heads_stays_and_says_why():
+    with pytest.raises(PumiceError, match="single group, of which one has to stay"):
+        shrink_result(
+            tiny.llama(num_key_value_heads=1), "heads", density=0.9, data=[{"input_ids": torch.arange(4, 40)[None]}]
+        )
+
+
+@pytest.mark.parametrize("method", ["depth", "2ssp", "cfsp", "slicegpt"])
+def test_blocks_that_are_no_list_are_refused_where_one_is_needed(method):
+    with pytest.raises(PumiceError, match=r"no list of blocks \(nn.ModuleList\).*removes channels"):
+        shrink_result(Listed(lists=False), method, density=0.6, data=[torch.randn(80, 16)], progress=False)
+    small = shrink_result(Listed(lists=False), "width", density=0.6, data=[torch.randn(80, 16)], progress=False)
+    assert small.density <= 0.61

@@ -215,7 +215,7 @@ def shrink(
     if not overwrite:
         check_free(Path(out))
     run = {"samples": samples, "seqlen": seqlen, "seed": seed, "compute": compute, "device": device, "dtype": dtype}
-    result = shrink_result(model, chosen, density=density, data=data, **run)  # pyright: ignore[reportArgumentType]
+    result = shrink_result(model, chosen, density=density, data=data, **run)
     path = save_shrunk(result, out, overwrite=overwrite)
     from pumice.report import disk_bytes
 

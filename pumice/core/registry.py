@@ -141,11 +141,12 @@ class Family:
     """An open set of methods of one kind: calling it gives the decorator that adds one.
 
     `package` is imported module by module the first time somebody asks, so that a new file is a new method and
-    nothing else has to know of it. `extras` are further facts that a member may state, with their defaults.
+    nothing else has to know of it. `extras` are further facts that a member may state, with their defaults; every family
+    has `simpler`, the method whose results a member has to beat (None: the family's plainest).
     """
 
     def __init__(self, name: str, package: str, **extras: Any) -> None:
-        self.name, self.package, self.extras = name, package, extras
+        self.name, self.package, self.extras = name, package, {"simpler": None, **extras}
         self._members: dict[str, MethodInfo] = {}
         self._discovered = False
 

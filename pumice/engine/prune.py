@@ -25,7 +25,7 @@ from pumice.engine.store import model_config, save_companions, tied_parameters
 from pumice.engine.writer import Writer
 from pumice.prune.axes import Axes
 from pumice.prune.run import LayerResult, Pruner, PruneResult
-from pumice.recipe import Recipe, find, resolve
+from pumice.recipe import AXES, PLACEMENT, Recipe, find, resolve
 from pumice.weights.grid import forget
 from pumice.weights.patterns.base import Pattern
 
@@ -135,42 +135,17 @@ def plan_prune(
     model: nn.Module | str | Path,
     method: Any = "auto",
     *,
-    density: float | None = None,
-    pattern: str | Pattern | None = None,
-    targets: Sequence[str] | None = None,
-    ignore: Sequence[str] = DEFAULT_IGNORE,
-    score: Any = None,
-    recover: Any = None,
-    allocation: Any = None,
-    goal: Any = None,
-    values: Any = None,
-    sequential: bool | None = None,
     samples: int = 64,
     seqlen: int = 1024,
     compute: str = "auto",
-    **unused: Any,
+    **given: Any,
 ) -> DryRun:
     """What `prune` with the same arguments would prune and keep, and about how much time, memory and disk it takes.
 
     Reads no weights of a model given by name. Raises PumiceError as `prune` would, for what is known beforehand.
     """
-    del unused
-    axes = Axes.make(
-        **resolve(
-            method,
-            score=score,
-            recover=recover,
-            allocation=allocation,
-            goal=goal,
-            values=values,
-            sequential=sequential,
-            pattern=pattern,
-            density=density,
-            targets=targets,
-            ignore=ignore,
-        )
-    )
-    return plan_run(model, axes, samples, seqlen, compute)
+    axes = {name: given[name] for name in (*AXES, *PLACEMENT) if name in given}
+    return plan_run(model, Axes.make(**resolve(method, **axes)), samples, seqlen, compute)
 
 
 def _name_of(data: Any) -> str | None:

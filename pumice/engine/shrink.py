@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pumice.core import registry, structure
 from pumice.core.errors import PumiceError
 from pumice.core.registry import Bound
 from pumice.core.select import check_density
+from pumice.core.undo import restored_on_failure
 from pumice.engine.data import make_data
 from pumice.engine.models import load_model, model_kind
 from pumice.engine.ordinary import settle
@@ -52,6 +54,22 @@ class ShrinkResult:
         return {name: value for name, value in vars(self).items() if name not in ("model", "tokenizer")}
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """How a model is loaded and calibrated: the arguments of `shrink` beside the request itself."""
+
+    data: Any = None
+    tokenizer: Any = None
+    samples: int = 64
+    seqlen: int = 1024
+    seed: int = 0
+    compute: str = "auto"
+    loss: Callable[[nn.Module, Any], Tensor] | None = None
+    progress: bool = True
+    device: str = "cpu"
+    dtype: str = "auto"
+
+
 def shrink(
     model: nn.Module | str | Path,
     method: str | Mapping[str, Any],
@@ -67,6 +85,9 @@ def shrink(
     progress: bool = True,
 ) -> nn.Module:
     """Make a model smaller by removing whole structures; what comes back is an ordinary module without any zeros.
+
+    A module that was given is changed in place when everything has worked. Where the call fails or is interrupted it is
+    as it was; for that a copy of its weights is held while the call lasts. A model given by name has no such copy.
 
     Args:
         model: any module (changed in place), or the name of one to load.
@@ -104,33 +125,27 @@ def shrink(
 
 
 def shrink_result(
-    model: nn.Module | str | Path,
-    method: str | Mapping[str, Any],
-    *,
-    density: float,
-    data: Any = None,
-    tokenizer: Any = None,
-    device: str = "cpu",
-    dtype: str = "auto",
-    seed: int = 0,
-    progress: bool = True,
-    compute: str = "auto",
-    loss: Callable[[nn.Module, Any], Tensor] | None = None,
-    **windows: int,
+    model: nn.Module | str | Path, method: str | Mapping[str, Any], *, density: float, **settings: Any
 ) -> ShrinkResult:
-    """`shrink`, with everything that there is to say about it; `windows` are samples and seqlen."""
+    """`shrink`, with everything that there is to say about it; `settings` are its arguments, device and dtype."""
+    given = _Settings(**settings)
     bound = registry.shrink.bind(method)
     check_density(density)
+    mine = not isinstance(model, nn.Module)
+    tokenizer = given.tokenizer
     if not isinstance(model, nn.Module):
-        loaded = load_model(model, dtype=dtype, device=device)
+        loaded = load_model(model, dtype=given.dtype, device=given.device)
         model, tokenizer = loaded.model, tokenizer or loaded.tokenizer
     _check_dense(model)
-    batches = _batches(model, bound, data, tokenizer, {"seed": seed, **windows})
-    job = Job(density, batches, progress, seed=seed, compute=compute_dtype(compute, model), loss=loss)
+    windows = {"samples": given.samples, "seqlen": given.seqlen, "seed": given.seed}
+    batches = _batches(model, bound, given.data, tokenizer, windows)
+    products = compute_dtype(given.compute, model)
+    job = Job(density, batches, given.progress, seed=given.seed, compute=products, loss=given.loss)
     before = {"all": _parameters(model), "blocks": block_parameters(model)}
     start = time.perf_counter()
-    done: nn.Module = bound(model, job)
-    ordinary = settle(done)
+    with nullcontext() if mine else restored_on_failure(model):
+        done: nn.Module = bound(model, job)
+        ordinary = settle(done)
     seconds = time.perf_counter() - start
     after = {"all": _parameters(done), "blocks": block_parameters(done)}
     reached = after["blocks"] / max(before["blocks"], 1)

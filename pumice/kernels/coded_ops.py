@@ -46,7 +46,7 @@ def unpack_coded(
 
 
 @unpack_coded.register_fake
-def _(scales: Tensor, structure: Sequence[Tensor], form: str, shape: Sequence[int], params: Sequence[int]) -> Tensor:
+def _(scales: Tensor, structure: Sequence[Tensor], form: str, shape: Sequence[int], *rest: Any) -> Tensor:
     return scales.new_empty(tuple(shape))
 
 
@@ -70,9 +70,7 @@ def scale_sums(
 
 
 @scale_sums.register_fake
-def _(
-    w_OI: Tensor, scales: Tensor, structure: Sequence[Tensor], form: str, shape: Sequence[int], params: Sequence[int]
-) -> Tensor:
+def _(w_OI: Tensor, scales: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(scales)
 
 
@@ -97,15 +95,7 @@ def linear_coded(
 
 
 @linear_coded.register_fake
-def _(
-    x: Tensor,
-    scales: Tensor,
-    structure: Sequence[Tensor],
-    form: str,
-    shape: Sequence[int],
-    params: Sequence[int],
-    bias: Tensor | None,
-) -> Tensor:
+def _(x: Tensor, scales: Tensor, structure: Sequence[Tensor], form: str, shape: Sequence[int], *rest: Any) -> Tensor:
     return x.new_empty(x.shape[0], shape[0])
 
 

@@ -42,6 +42,13 @@ def test_densities_follow_the_sigmoid_of_the_importance(sharpness):
     assert sum(kept(model, found).values()) == 480
 
 
+def test_the_default_is_the_scale_of_the_authors_program():
+    """It adds up the angles over 128 windows of 1024 tokens and divides by 10⁴."""
+    found = allocate("cfsp", mlp(1, 1, 1), 0.4, more={"walk": turns(0.1, 0.12, 0.14)})
+    raw = [1 / (1 + math.exp(-128 * 1024 * (share - 0.12) / 1e4)) for share in (0.1, 0.12, 0.14)]
+    assert list(found.values()) == pytest.approx([0.4 * 3 * value / sum(raw) for value in raw], abs=1 / 400)
+
+
 def test_a_density_above_one_is_capped_and_the_budget_kept():
     model = mlp(1, 1, 1)
     found = allocate("cfsp", model, 0.8, more={"walk": turns(0.0, 0.5, 1.0)}, sharpness=10.0)

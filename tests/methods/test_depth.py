@@ -156,13 +156,13 @@ def test_greedy_by_loss_is_no_worse_than_by_influence_where_one_block_goes():
     assert results["loss"] <= results["influence"] + 1e-6
 
 
-@pytest.mark.parametrize("density", [1.0, 0.75, 0.5, 0.1])
+@pytest.mark.parametrize("density", [1.0, 0.75, 0.5, 0.25])
 def test_at_most_the_density_is_left(density):
     model = tiny.llama(num_hidden_layers=4)
     before = sum(p.numel() for p in model.model.layers.parameters())
     small, _ = depth(model, density)
     after = sum(p.numel() for p in small.model.layers.parameters())
-    assert after <= max(density, 0.25) * before
+    assert after <= density * before
     assert after > (density - 0.25) * before
 
 

@@ -45,6 +45,21 @@ def test_the_score_is_the_gradient_along_the_direction():
     assert [kept(model, found)[view.name] for view in views] == pytest.approx(truth, abs=1)
 
 
+def test_a_blocks_score_is_the_sum_over_its_layers_each_moved_alone():
+    model, slopes = mlp(1, 1, 1, 1), (1.0, 3.0, 0.2, 2.0)
+    views = find_views(model)
+    blocks = {view.name: "ab"[index // 2] for index, view in enumerate(views)}
+    options = {"eps": 0.01, "draws": 2, "slack": 0.25}
+    found = allocate("ecoflap", model, 0.5, blocks=blocks, more={"loss": quadratic(model, slopes)}, **options)
+    scores = dict.fromkeys("ab", 0.0)
+    for view, layer, slope in zip(views, model, slopes, strict=True):
+        gradient = 2 * slope * layer.weight.detach().double() + 1
+        scores[blocks[view.name]] += sum(abs(float((noise(view, 0, draw) * gradient).sum())) for draw in range(2))
+    for view in views:
+        truth = 100 + 400 * scores[blocks[view.name]] / sum(scores.values()) * (800 - 400) / 400 / 2
+        assert kept(model, found)[view.name] == pytest.approx(truth, abs=1)
+
+
 def test_the_counts_sum_to_the_budget_and_full_layers_pass_on_what_they_cannot_take():
     model = mlp(1, 1, 1)
     for density in (0.3, 0.61, 0.95):

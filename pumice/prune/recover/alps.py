@@ -18,7 +18,7 @@ LEAST = 30
 SETTLED = 3e-4
 
 
-@recovery("alps", paper="arXiv:2406.07831", needs=("hessian",), selects="obs")
+@recovery("alps", simpler="obs", paper="arXiv:2406.07831", needs=("hessian",), selects="obs")
 def alps(
     w_OI: Tensor,
     stats: Stats,

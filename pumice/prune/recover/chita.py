@@ -25,7 +25,7 @@ STEPS = (16.0, 4.0, 1.0, 0.25, 0.0625)
 """What the line search tries, in units of the exact step of the weights that are not kept, were they all free."""
 
 
-@recovery("chita", key="chita", paper="arXiv:2302.14623", needs=("gradients",), selects="magnitude")
+@recovery("chita", simpler="obs", key="chita", paper="arXiv:2302.14623", needs=("gradients",), selects="magnitude")
 def chita(
     w_OI: Tensor,
     stats: Stats,

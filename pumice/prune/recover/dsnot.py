@@ -26,7 +26,7 @@ def dsnot(
     select: Selector,
     *,
     cycles: Annotated[int, "most swaps per row"] = 50,
-    threshold: Annotated[float, "stop when the expected error of a row is smaller than this"] = 0.1,
+    threshold: Annotated[float, "stop when the expected error of a row, per token, is smaller than this"] = 0.1,
     power: Annotated[float, "power of the input variance that a regrown weight is divided by"] = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Per row, swap weights until the expected output error Σ W·E[x] over the pruned weights is nearly zero (DSnoT).
@@ -35,8 +35,11 @@ def dsnot(
     |W|·‖x‖ among those whose loss also reduces it (N:M: inside the same group). A row stops at the threshold, before
     its error would change sign, when it has no candidate, or after `cycles` swaps. No weight is swapped twice.
 
-    Doubt: the catalogue has the default values from memory; the paper's experiments leave out the MLP layers, which
-    is a matter of `targets` here.
+    Criteria, order and the numbers 50, 0.1 and 1 were checked against the authors' program. It differs in four things: its
+    expected error adds up the tokens of a window (2048), so that its 0.1 is 5e-5 of the error per token here; without
+    N:M it goes on when the error changes sign, and swaps back and forth until the cycles end; under N:M it takes the
+    lowest |W|·‖x‖ of the group whether or not its loss helps; and it leaves out the MLP layers, which is a matter of
+    `targets` here.
     """
     mask = select.whole(score(w_OI))
     expected = w_OI * stats["input_mean"]

@@ -24,7 +24,14 @@ ROUNDS = 10
 """Times that the refit behind a ReLU takes its targets anew."""
 
 
-@recovery("net-trim", key="net-trim", paper="arXiv:1806.06457", needs=("hessian", "input", "bias"), selects="magnitude")
+@recovery(
+    "net-trim",
+    simpler="obs",
+    key="net-trim",
+    paper="arXiv:1806.06457",
+    needs=("hessian", "input", "bias"),
+    selects="magnitude",
+)
 def net_trim(
     w_OI: Tensor,
     stats: Stats,

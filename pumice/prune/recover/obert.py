@@ -21,7 +21,7 @@ MOST_CHOICES = 100
 """N:M groups with more ways to choose than this (8:16 has 12,870) are chosen weight by weight."""
 
 
-@recovery("obert", key="obert", paper="arXiv:2203.07259", needs=("gradients",), selects="obert")
+@recovery("obert", simpler="obs", key="obert", paper="arXiv:2203.07259", needs=("gradients",), selects="obert")
 def obert(
     w_OI: Tensor,
     stats: Stats,

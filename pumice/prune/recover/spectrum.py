@@ -39,9 +39,10 @@ def spectrum(
     every weight of the lot. With N:M each group draws for itself. Beside another score than magnitude that score sets
     the mask, without a lot.
 
-    The rule is from memory of the sparsification results that the paper builds on (keep with p growing with w², divide
-    by p); the paper repeats it with training between, and its own thresholds are not known here. It looks at no inputs:
-    in one shot, without that training, a score that does is the better choice.
+    Doubt: only the paper's abstract could be checked, which promises a sparsification that preserves the spectrum and
+    gives no formula. The rule here is that of the sparsification results in this line (keep with p growing with w², divide
+    by p; Achlioptas and McSherry), from memory; thresholds and schedule of the paper are not known here. The paper trains
+    between rounds. It looks at no inputs: in one shot, without that training, a score that does is the better choice.
     """
     if not 0 <= medium <= 1:
         raise PumiceError(f"medium={medium} is outside [0, 1].")

@@ -17,7 +17,7 @@ def dsnot(
     job: Job,
     *,
     cycles: Annotated[int, "most swaps per row"] = 50,
-    threshold: Annotated[float, "stop when the expected error of a row is smaller than this"] = 0.1,
+    threshold: Annotated[float, "stop when the expected error of a row, per token, is smaller than this"] = 0.1,
     power: Annotated[float, "power of the input variance that a regrown weight is divided by"] = 1.0,
 ) -> dict[str, Any]:
     """Swap weights in and out of the mask row by row until the expected output error is small (DSnoT); no training.

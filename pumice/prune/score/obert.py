@@ -17,7 +17,7 @@ CHUNK_BYTES = 1 << 28
 """Blocks of Fisher information held at a time."""
 
 
-@scorer("obert", key="obert", paper="arXiv:2203.07259", needs=("gradients",))
+@scorer("obert", simpler="fisher", key="obert", paper="arXiv:2203.07259", needs=("gradients",))
 def obert(
     w_OI: Tensor,
     stats: Stats,

@@ -10,7 +10,7 @@ from pumice.core.registry import scorer
 from pumice.core.stats import Stats
 
 
-@scorer("obs", paper="Hassibi & Stork 1992; arXiv:2301.00774", needs=("hessian",))
+@scorer("obs", simpler="wanda", paper="Hassibi & Stork 1992; arXiv:2301.00774", needs=("hessian",))
 def obs(
     w_OI: Tensor, stats: Stats, *, damp: Annotated[float, "share of the mean Hessian diagonal added to it"] = 0.01
 ) -> Tensor:

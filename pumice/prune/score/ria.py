@@ -8,7 +8,7 @@ from pumice.core.registry import scorer
 from pumice.core.stats import Stats
 
 
-@scorer("ria", paper="Zhang et al., ICLR 2024 (Plug-and-Play)", needs=("input_sqnorm",))
+@scorer("ria", simpler="wanda", paper="Zhang et al., ICLR 2024 (Plug-and-Play)", needs=("input_sqnorm",))
 def ria(
     w_OI: Tensor, stats: Stats, *, power: Annotated[float, "power of the input norm; 0 looks at weights only"] = 0.5
 ) -> Tensor:

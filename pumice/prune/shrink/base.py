@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pumice.core.errors import PumiceError
 from pumice.core.stream import block_lists
 from pumice.prune.trace import Group, explore
+from pumice.prune.trace.tracer import WHOLE
 
 MULTIPLE = 16
 """Widths are rounded down to multiples of this, which dense kernels compute without a remainder."""
@@ -88,8 +89,12 @@ def inner_groups(model: nn.Module, job: Job, kinds: Sequence[str] = ("channel", 
     traced = explore(model, example_of(model, job))
     inside = [group for group in traced.groups if group.block is not None] or traced.groups
     found = [group for group in inside if group.kind in kinds]
+    if traced.unreached:
+        job.notes.append(f"{some(traced.unreached)}: the data never came there, so that nothing was taken from them")
     if not found:
         reasons = sorted({reason for reason in traced.left.values() if "not followed" in reason or "run" in reason})
+        if "head" in kinds and WHOLE in traced.left.values():
+            reasons.append("a block's heads belong to a single group, of which one has to stay")
         why = "; ".join(reasons[:3]) or "no weight's outputs are read by another weight only"
         raise PumiceError(
             f"{type(model).__name__} has no {' or '.join(kinds)}s that could be taken out of its blocks: {why}."
@@ -113,6 +118,20 @@ def removable(model: nn.Module, groups: Sequence[Group], job: Job) -> int:
             "more, or take another method."
         )
     return budget
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of many names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def note_singular(job: Job, names: Sequence[str]) -> None:
+    """Say of which layers fewer tokens were seen than they have inputs."""
+    if names:
+        job.notes.append(
+            f"{some(names)} read fewer calibration tokens than they have inputs: what no token showed is left to damping "
+            "or to chance; take more or longer samples"
+        )
 
 
 def calibrated(method: str, job: Job) -> list[Any]:

@@ -45,7 +45,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     lists = [(name, module) for name, module in lists if len(module) > 0]
     if not lists:
         raise PumiceError(
-            f"{type(model).__name__} has no list of blocks (nn.ModuleList): this method removes from one."
+            f"{type(model).__name__} has no list of blocks (nn.ModuleList), and this method works on one: take a method that removes channels."
         )
     # Of nested lists the outer one, which comes first, has at least as many parameters.
     return max(lists, key=lambda item: size(item[1]))

@@ -26,7 +26,7 @@ WIDEST = 128
 
 @dataclass(frozen=True)
 class _Exponents:
-    """What the norms of the activations are raised to: beside |W_down| (b), and as a factor of the whole score (c)."""
+    """What the norms of the activations are raised to: with |W_down| (b), and as a factor of the whole score (c)."""
 
     b: float
     c: float
@@ -37,8 +37,8 @@ def cfsp(
     model: nn.Module,
     job: Job,
     *,
-    a: Annotated[float, "how much the blocks' keep ratios differ; 0 gives all the same"] = 1.0,
-    b: Annotated[float, "exponent of the activation beside the last layer's weight"] = 1.0,
+    a: Annotated[float, "how much the blocks' keep ratios differ; 0 gives all the same"] = 13.1,
+    b: Annotated[float, "exponent of the activation at the last layer's weight"] = 1.0,
     c: Annotated[float, "exponent of the activation as a factor of the score"] = 1.0,
     refit: Annotated[
         str, "none, layer or dense: what the FFN's last layer is refitted to after channels went"
@@ -50,13 +50,16 @@ def cfsp(
 
     Coarse: a block's importance I is the mean over tokens of arccos(cos(x_in, x_out)) / π; its FFN keeps a share
     proportional to sigmoid(a (I − mean I)), scaled so that the blocks together meet the density. Fine: a channel's score
-    is the mean over its weights of [rel |W_down| · ‖X‖^b + rel |W_up| + rel |W_gate|] · ‖X‖^c, where ‖X‖ is the norm of its
-    activation and rel divides a weight by the sum over the channels of the same column (of W_up and W_gate: input; of
-    W_down: output). Attention stays. ‖X‖ is divided by its mean over the channels, so that the terms stay of one order.
+    is the mean over its weights of [rel (|W_down| · ‖X‖^b) + rel |W_up| + rel |W_gate|] · ‖X‖^c, where ‖X‖ is the norm of
+    its activation and rel divides an entry by the sum over the channels of the same column (of W_up and W_gate: input; of
+    W_down: output). Attention stays.
 
-    The defaults of a, b and c are ours: the paper's were not at hand. The paper takes the angles' sum over tokens where
-    here their mean stands, which only scales a. Widths are multiples of 128 in the paper; here of a smaller power of two
-    where the FFN is narrow. Not in the paper: `refit` (see 2ssp).
+    b = c = 1 are the authors' defaults. Their a = 1 is for the sum of the angles over 128 windows of 1024 tokens, divided
+    by 10⁴: 13.1 for the mean. Their program differs in three things. It divides an entry by the sum over the same channel,
+    and since the mean over that channel is taken next, every term becomes the same constant and only ‖X‖^c is left; the
+    sum over the channels is taken here, under which the weights count. Where a block would keep more than everything, it
+    draws all ratios towards their mean; here they are capped. Widths are multiples of 128; here of a smaller power of
+    two where the FFN is narrow. Not in the paper: `refit` (see 2ssp).
 
     Raises:
         PumiceError: blocks that are not norm, attention, norm, FFN; no data; a density that cannot be reached.
@@ -96,6 +99,7 @@ def granule(width: int) -> int:
 
 def channel_scores(model: nn.Module, group: Group, norms_U: Tensor, exponents: _Exponents) -> Tensor:
     """Scores [U] of the channels of one FFN."""
+    # The scale cancels; without it a power of large norms could leave the range.
     norm = norms_U / norms_U.mean().clamp(min=1e-30)
     total, count = torch.zeros(group.units), 0
     for role, power in (("in", exponents.b), ("out", 0.0)):
@@ -103,9 +107,8 @@ def channel_scores(model: nn.Module, group: Group, norms_U: Tensor, exponents: _
             if weight_UnF.shape[-1] == 1 and role == "out":
                 # A bias is no weight.
                 continue
-            size_UF = weight_UnF.abs().sum(1).cpu()
-            relative = size_UF / size_UF.sum(0, keepdim=True).clamp(min=1e-30)
-            total += relative.mean(1) * norm**power
+            size_UF = weight_UnF.abs().sum(1).cpu() * (norm**power)[:, None]
+            total += (size_UF / size_UF.sum(0, keepdim=True).clamp(min=1e-30)).mean(1)
             count += 1
     if not count:
         raise PumiceError(f"{group.name}: no weights to score.")

@@ -32,13 +32,12 @@ def depth(
     `influence`: a block's influence is 1 − mean over tokens of cos(x_in, x_out), measured once on the whole model; the
     blocks with the smallest go. `loss`: one after the other, the block goes without which the calibration loss is
     lowest, measured on the model as it is by then; this costs about blocks² / 2 partial passes for every block removed
-    but sees what influence does not. Blocks are removed until at most `density` of their parameters is left; the last
-    one always stays.
+    but sees what influence does not. Blocks are removed until at most `density` of their parameters is left.
 
     The result is the same architecture with fewer blocks: an ordinary Transformers model whose config says so.
 
     Raises:
-        PumiceError: unknown criterion, no list of blocks, no data, or a config whose meaning hangs on block numbers.
+        PumiceError: unknown criterion, no list of blocks, a density of less than one block, no data, or a config whose meaning hangs on block numbers.
     """
     if by not in CRITERIA:
         raise PumiceError(f"option by={by!r} of shrink 'depth' is not known: use {' or '.join(CRITERIA)}.")
@@ -49,6 +48,12 @@ def depth(
         )
     if (config := config_of(model, name)) is not None:
         _check_config(model, config, name, len(layers))
+    least = min(map(size, layers)) / max(size(layers), 1)
+    if least > job.density:
+        raise PumiceError(
+            f"density={job.density:g} cannot be reached by removing blocks: one of {len(layers)} has to stay, which holds "
+            f"{least:.1%} of their parameters; ask for more than that, or take another method."
+        )
     batches = sample(job, samples or (10**9 if by == "influence" else 16))
     if by == "influence":
         measured = similarities(model, layers, batches, lambda cosine: 1 - cosine, job)

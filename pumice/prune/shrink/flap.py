@@ -32,8 +32,10 @@ def flap(
     all layers compete. What a removed unit contributes on average, W_:j·E[x_j], is added to the reader's bias, which
     makes the mean output of every reader exact. All is measured on the dense model in one pass.
 
-    From memory: standardising columns before a head's mean is taken, as the authors' program does; their search for the
-    threshold (units weighted by parameters) is here an exact count of parameters.
+    Standardising columns before a head's mean is taken is what the authors' program does. It differs in two things: it
+    squares the scores of attention columns first, for which the paper gives no reason and which is not done here; and its
+    search for the threshold (a head counts as 170 channels: 128 columns, no groups) is here an exact count of
+    parameters.
     """
     check_allocation(allocation, multiple)
     groups = inner_groups(model, job, ("channel", "head") if heads else ("channel",))

@@ -15,7 +15,7 @@ from pumice.core.errors import PumiceError
 from pumice.core.progress import bar
 from pumice.core.stream import Collect, Stream, Unit
 from pumice.core.view import WeightView
-from pumice.prune.shrink.base import Job, calibrated
+from pumice.prune.shrink.base import Job, calibrated, note_singular
 from pumice.prune.trace import Group
 
 
@@ -71,11 +71,14 @@ def measure(
             by_view.setdefault(reader.view.name, []).append(reader)
     views = list({found[0].view.name: found[0].view for found in by_view.values()}.values())
     stream = Stream(model, views, calibrated(method, job), compute=job.compute)
+    singular: list[str] = []
     with bar(len(stream.units), f"shrink ({method})", enabled=job.progress, unit="block") as shown:
 
         def visit(unit: Unit, collect: Collect) -> None:
             for step in collect.steps() if change is not None else [unit.views]:
                 for name, stats in collect(needs, step).items():
+                    width = by_view[name][0].view.shape_OI[1]
+                    singular.extend([name] if "hessian" in needs and collect.tokens[name] < width else [])
                     for reader in by_view[name]:
                         reader.stats = {key: value[0] for key, value in stats.items()}
                 touched = {reader.group.name for view in step for reader in by_view[view.name]}
@@ -88,6 +91,7 @@ def measure(
             shown.update()
 
         stream.walk(visit)
+    note_singular(job, singular)
     if change is None:
         blind = [r.view.name for found in readers.values() for r in found if not r.stats]
         if blind:

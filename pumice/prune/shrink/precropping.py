@@ -42,8 +42,9 @@ def precropping(
     mean of their layers' densities weighted by parameters. A common factor is fitted so that the whole comes to the
     density asked for. Which channels stay does not matter: the smaller network is drawn anew and has to be trained.
 
-    From memory and the abstract: the channel rule √d_l and how tied layers are averaged. The later version of the paper
-    (PreCrop) finds the densities by convex optimisation instead, which is not done here.
+    Checked against the abstracts only: that the layers' densities are taken from a method that prunes single weights, and
+    that channels follow them. Doubt: the channel rule √d_l and how tied layers are averaged are from memory. The later
+    version of the paper (PreCrop) finds the densities by convex optimisation instead, which is not done here.
 
     Raises:
         PumiceError: no convolutions, an unknown source, or (snip) no loss.

@@ -12,7 +12,7 @@ from pumice.core.errors import PumiceError
 from pumice.core.linalg import damped
 from pumice.core.progress import bar
 from pumice.core.stream import Collect, Stream, Unit
-from pumice.prune.shrink.base import Job
+from pumice.prune.shrink.base import Job, note_singular
 from pumice.prune.shrink.width_ls import greedy
 from pumice.prune.trace import Group, remove, remove_all
 
@@ -51,6 +51,7 @@ def cut(model: nn.Module, cuts: Cuts, batches: Sequence[Any], job: Job, refit: s
     )
     needs = frozenset({"hessian", "drift"} if refit == "dense" else {"hessian"})
     left = dict(enumerate(cuts))
+    singular: list[str] = []
     with bar(len(stream.units), "remove and refit", enabled=job.progress, unit="block") as shown:
 
         def visit(unit: Unit, collect: Collect) -> None:
@@ -60,6 +61,8 @@ def cut(model: nn.Module, cuts: Cuts, batches: Sequence[Any], job: Job, refit: s
                 group, mask = left.pop(index, cuts[index])
                 own = {key: value[0] for key, value in stats.get(view.name, {}).items()}
                 w = view.read()
+                if own and collect.tokens[view.name] < w.shape[1]:
+                    singular.append(view.name)
                 if own and choice == "obs":
                     mask = greedy(w, own["hessian"], columns_Um, int(mask.sum()), DAMP)
                 kept = columns_Um[mask.cpu()].flatten().sort().values
@@ -70,6 +73,7 @@ def cut(model: nn.Module, cuts: Cuts, batches: Sequence[Any], job: Job, refit: s
             shown.update()
 
         stream.walk(visit)
+    note_singular(job, singular)
     remove_all(model, list(left.values()))
 
 

@@ -15,7 +15,7 @@ from pumice.core.progress import bar
 from pumice.core.registry import shrink
 from pumice.core.stats import evaluating
 from pumice.core.stream import Collect, Stream, Unit
-from pumice.prune.shrink.base import Job
+from pumice.prune.shrink.base import Job, note_singular
 from pumice.prune.shrink.blocks import first, sample, size, watching
 from pumice.prune.shrink.residual import Branch, Residual, bias_of, find_residual, fold, rotate
 from pumice.prune.shrink.trials import PassOn
@@ -162,7 +162,7 @@ def _check_same(before: Tensor, after: Tensor, model: nn.Module) -> None:
     if not gap < (1e-2 if wide else 0.3):
         raise PumiceError(
             f"{type(model).__name__} computes something else in another basis (outputs differ by {gap:.2g} of their "
-            "largest): it is not made of pre-norm blocks alone, and is now changed; load it again and use another method."
+            "largest): it is not made of pre-norm blocks alone; use another method."
         )
 
 
@@ -170,14 +170,18 @@ def _covariances(model: nn.Module, residual: Residual, plan: _Plan, batches: lis
     """E[x xᵀ] of what every norm gives, of the dense model."""
     views = [branch.readers[0] for branch in plan.branches(residual)]
     stream = Stream(model, views, batches, compute=job.compute)
+    singular: list[str] = []
     found: dict[str, Tensor] = {}
     with bar(len(stream.units), "covariances", enabled=job.progress, unit="block") as shown:
 
         def visit(unit: Unit, collect: Collect) -> None:
-            found.update({name: stats["hessian"][0] for name, stats in collect(frozenset({"hessian"})).items()})
+            for name, stats in collect(frozenset({"hessian"})).items():
+                found[name] = stats["hessian"][0]
+                singular.extend([name] if collect.tokens[name] < residual.width else [])
             shown.update()
 
         stream.walk(visit)
+    note_singular(job, singular)
     return [found[view.name] for view in views]
 
 

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pumice.core.calls import tensors
 from pumice.prune.trace.labels import FIXED, Lab, spans
-from pumice.prune.trace.rules import ATTENTION, BATCH_NORMS, MOVES, REDUCES, SAME, SPATIAL, Rules
+from pumice.prune.trace.names import ATTENTION, BATCH_NORMS, MOVES, REDUCES, SAME, SPATIAL
+from pumice.prune.trace.rules import Rules
 
 Arguments = dict[str, Any]
 
@@ -23,10 +24,14 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.rules = rules
         self.unknown: set[str] = set()
+        self.seen: set[int] = set()
+        """Ids of the tensors that went into an operator."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        before = [self.rules.of(one) for one in tensors([list(args), kwargs])]
+        given_in = list(tensors([list(args), kwargs]))
+        self.seen.update(map(id, given_in))
+        before = [self.rules.of(one) for one in given_in]
         out = func(*args, **kwargs)
         outputs = list(tensors(out))
         if outputs and any(lab is not None for lab in before):

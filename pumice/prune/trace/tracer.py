@@ -23,6 +23,10 @@ TOKENS = 12
 """A sequence is cut to so many tokens: what belongs together does not depend on its length."""
 
 
+WHOLE = "all of it belongs together"
+"""Why nothing is taken from what is one unit."""
+
+
 @dataclass
 class Traced:
     """The groups of a model and what is left alone.
@@ -30,11 +34,13 @@ class Traced:
     Args:
         left: name of a tensor (with its axis) -> why nothing can be taken from it.
         unknown: ATen operators without a rule that the model called.
+        unreached: matrices and kernels that the example never came to; nothing is taken from them.
     """
 
     groups: list[Group]
     left: dict[str, str] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
+    unreached: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -86,7 +92,8 @@ def explore(model: nn.Module, example: Any, *, check: bool = True) -> Traced:
     if check:
         groups, refused = _checked(model, example, groups)
         left |= refused
-    return Traced(groups, left, sorted(watch.unknown))
+    unreached = [name for name, weight in model.named_parameters() if weight.dim() > 1 and id(weight) not in watch.seen]
+    return Traced(groups, left, sorted(watch.unknown), unreached)
 
 
 def sample(batch: Any) -> Any:
@@ -171,7 +178,7 @@ def _assemble(model: nn.Module, rules: Rules, leaves: Sequence[_Leaf]) -> tuple[
             groups.append(_group(members, len(units), count, blocks))
         else:
             for member in members:
-                left.setdefault(f"{member.name} axis {member.axis}", "all of it belongs together")
+                left.setdefault(f"{member.name} axis {member.axis}", WHOLE)
     return _in_order(model, groups), left
 
 

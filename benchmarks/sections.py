@@ -1,0 +1,183 @@
+"""Tables of the smaller benchmarks: each function makes one results file into markdown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shown import ENCODER, TITLES, machine, number, seconds, table
+
+Results = dict[str, Any]
+
+
+def other(results: Results) -> str:
+    """MiniLM and EfficientNet after one-shot pruning, a table per model and sparsity, best first."""
+    parts = []
+    for model, name, first, columns in (
+        ("minilm-l6", ENCODER, "ndcg@10", {"ndcg@10": "nDCG@10", "cosine": "cosine to dense"}),
+        ("efficientnet-lite0", "EfficientNet-Lite0", "top1_agreement", {"top1_agreement": "same class", "kl": "KL"}),
+    ):
+        rows = results.get(model, {})
+        kinds: dict[str, list[tuple[str, Results]]] = {}
+        for key, entry in rows.items():
+            method, _, kind = key.partition(" @ ")
+            if kind:
+                kinds.setdefault(kind, []).append((method, entry))
+        dense = f", dense {rows['dense'][first]:.3f}" if "dense" in rows else ""
+        for kind, found in kinds.items():
+            found.sort(key=lambda one: -one[1][first])
+            cells = [[method, *(f"{entry[key]:.3f}" for key in columns), seconds(entry)] for method, entry in found]
+            head = [f"{name}{dense}", *columns.values(), "seconds"]
+            parts.append(f"## {name}, {TITLES.get(kind, kind)}\n\n{table(head, cells)}")
+    if not parts:
+        return ""
+    said = (
+        "MiniLM ranks the Cranfield collection; EfficientNet, whose own images are not at hand, is compared with its dense "
+        "self on enlarged CIFAR-10 pictures: that ranks methods and predicts no accuracy (`benchmarks/prune_quality_other.py`)."
+    )
+    return f"{said}\n\n" + "\n\n".join(parts)
+
+
+def armor(results: Results) -> str:
+    """ARMOR beside plain N:M: perplexity by bytes, and milliseconds by layer."""
+    parts = []
+    if "quality" in results:
+        found = sorted(results["quality"]["rows"], key=lambda row: row["bits"])
+        rows = [
+            [row["method"], row.get("pattern", ""), f"{row['bits']:.2f}", number(row["perplexity"]), seconds(row)]
+            for row in found
+        ]
+        head = ["stories15M", "pattern", "bits a weight", "perplexity", "seconds"]
+        parts.append(table(head, rows))
+    if "time" in results:
+        times = results["time"]["rows"]
+        forms = list(dict.fromkeys(row["form"] for row in times if not row["form"].startswith("armor")))
+        rows = []
+        for shape, count, wrapped in dict.fromkeys(
+            (row["layer"], row["rows"], row["form"]) for row in times if row["form"].startswith("armor")
+        ):
+            # Each armor row was timed in turns with the plain forms in front of it.
+            at = next(
+                i for i, row in enumerate(times) if (row["layer"], row["rows"], row["form"]) == (shape, count, wrapped)
+            )
+            near = {row["form"]: row["ms"] for row in times[at - len(forms) : at]}
+            cells = [f"{near[form]:.2f}" for form in forms]
+            rows.append([f"{shape}, {count} rows", *cells, f"{times[at]['ms']:.2f} ({wrapped.partition(', ')[2]})"])
+        head = ["ms for one call, bf16, weights cold", *forms, "armor 2:4"]
+        parts.append(f"{table(head, rows)}\n\n({machine(results['time']['machine'])}.)")
+    if not parts:
+        return ""
+    return "## ARMOR beside plain N:M at equal bytes\n\n" + "\n\n".join(parts)
+
+
+def chita(results: Results) -> str:
+    """CHITA layer by layer, jointly and in stages, with peak memory."""
+    rows = [
+        [
+            f"{row['method']}, {1 - row['density']:.0%} zeros",
+            number(row["perplexity"]),
+            f"{row['gradients_bytes'] / 1e9:.2f}" if row["gradients_bytes"] else "",
+            f"{row['peak_memory_bytes'] / 1e9:.1f}",
+            seconds(row),
+        ]
+        for row in results["rows"]
+    ]
+    weights = max(row["weights"] for row in results["rows"])
+    head = ["stories15M", "perplexity", "gradients GB", "peak GB", "seconds"]
+    return (
+        f"## CHITA on {weights / 1e6:.1f} million weights\n\nThe Hessian of these weights would take "
+        f"{weights**2 * 4 / 1e12:,.0f} TB and is never formed; each row ran in a process of its own.\n\n{table(head, rows)}"
+    )
+
+
+def scratch(results: Results) -> str:
+    """Inherited weights beside the same architecture trained from scratch."""
+    settings = results["settings"]
+    rows = [
+        [
+            label,
+            f"{row['accuracy']:.1%}",
+            f"{row['parameters']:,.0f}",
+            f"{row['multiplications'] / 1e6:.1f}",
+            f"{row['epochs']:.1f}",
+        ]
+        for label, row in results["rows"].items()
+    ]
+    head = ["small residual network, CIFAR-10 subset", "accuracy", "parameters", "million multiplications", "epochs"]
+    return (
+        f"Means over {settings['seeds']} seeds, {settings['density']:.0%} of the parameters inside the blocks left "
+        f"(`benchmarks/scratch.py`):\n\n{table(head, rows)}"
+    )
+
+
+def quantised(results: Results) -> str:
+    """Quality by stored bits, GQSA's stages among the rows."""
+    parts = []
+    for model, name, columns in (
+        ("stories15m", "stories15M, 96 windows", {"perplexity": "perplexity"}),
+        ("minilm", ENCODER, {"ndcg@10": "nDCG@10", "cosine": "cosine to dense"}),
+    ):
+        found = results.get(model, {})
+        if len(found) < 2:
+            continue
+        first = next(iter(columns))
+        show = number if first == "perplexity" else "{:.3f}".format
+        rows = [
+            [label, f"{entry['bits_per_weight']:.2f}", *(show(entry[key]) for key in columns), seconds(entry)]
+            for label, entry in sorted(found.items(), key=lambda one: one[0].startswith("gqsa"))
+            if label != "dense"
+        ]
+        dense = f", dense {show(found['dense'][first])}" if "dense" in found else ""
+        parts.append(table([f"{name}{dense}", "bits a weight", *columns.values(), "seconds"], rows))
+    return "\n\n".join(parts)
+
+
+def quantised_speed(results: Results) -> str:
+    """One layer in every layout beside the best dense bfloat16."""
+    if "speed" not in results:
+        return ""
+    speed = results["speed"]
+    by: dict[str, dict[int, Results]] = {}
+    for row in speed["rows"]:
+        fastest = by.setdefault(row["case"], {}).setdefault(row["threads"], row)
+        if row["ms"] < fastest["ms"]:
+            by[row["case"]][row["threads"]] = row
+    threads = sorted({row["threads"] for row in speed["rows"]})
+    rows = []
+    for case, found in by.items():
+        bits = next(iter(found.values())).get("bits_per_weight")
+        cells = [
+            f"{found[t]['ms']:.2f} ({found[t]['of_best_dense']:.1f}×, {found[t]['backend']})" if t in found else ""
+            for t in threads
+        ]
+        rows.append([case, "" if bits is None else f"{bits:.2f}", *cells])
+    head = [f"ms, {t} thread{'s' if t > 1 else ''} (against the best dense)" for t in threads]
+    size = speed["size"]
+    return (
+        f"{table([f'{size} × {size}, one row, weights cold', 'bits a weight', *head], rows)}\n\n"
+        f"({machine(speed['machine'])}; of several backends the fastest is shown.)"
+    )
+
+
+def larger(results: Results) -> str:
+    """A model that does not fit the memory it is given, pruned from disk to disk."""
+    rows = []
+    for run in results["runs"]:
+        how = "from disk to disk" if run["streamed"] else "loaded first"
+        disk = f"{run['disk_bytes'] / 1e9:.2f}" if "disk_bytes" in run else ""
+        peaks = [
+            f"{run[key] / 1e9:.2f}" if run.get(key) else "" for key in ("peak_private_bytes", "peak_resident_bytes")
+        ]
+        rows.append([f"{run['method']}, {how}", run["outcome"], *peaks, disk, seconds(run)])
+    size, limit = results["model"]["bytes"] / 1e9, results["limit_private_bytes"] / 1e9
+    head = [
+        f"{size:.1f} GB of weights, {limit:.1f} GB allowed",
+        "outcome",
+        "private GB",
+        "resident GB",
+        "disk GB",
+        "seconds",
+    ]
+    return (
+        "## A model larger than the memory\n\nResident memory counts pages of the checkpoint's files, which the system may "
+        f"take back; the kernel limits the private part (`benchmarks/larger_than_memory.py`).\n\n{table(head, rows)}"
+    )

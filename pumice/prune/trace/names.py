@@ -1,0 +1,115 @@
+"""Names of the ATen operators that hand labels on in the same way."""
+
+from __future__ import annotations
+
+MOVES = frozenset(
+    [
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "_reshape_alias",
+        "t",
+        "transpose",
+        "permute",
+        "expand",
+        "slice",
+        "select",
+        "unsqueeze",
+        "squeeze",
+        "flip",
+        "roll",
+        "split",
+        "unsafe_split",
+        "split_with_sizes",
+        "unsafe_split_with_sizes",
+        "unbind",
+        "repeat",
+        "unfold",
+        "narrow",
+        "diagonal",
+    ]
+)
+SAME = frozenset(
+    [
+        "alias",
+        "detach",
+        "clone",
+        "contiguous",
+        "_to_copy",
+        "lift_fresh",
+        "lift_fresh_copy",
+        "_softmax",
+        "_log_softmax",
+        "native_dropout",
+        "cumsum",
+        "zeros_like",
+        "ones_like",
+        "empty_like",
+        "full_like",
+        "rand_like",
+        "randn_like",
+        "bernoulli",
+        "_conj",
+        "view_as_real",
+    ]
+)
+REDUCES = frozenset(
+    [
+        "mean",
+        "sum",
+        "amax",
+        "amin",
+        "max",
+        "min",
+        "var",
+        "std",
+        "prod",
+        "any",
+        "all",
+        "logsumexp",
+        "var_mean",
+        "linalg_vector_norm",
+        "norm",
+        "argmax",
+        "argmin",
+    ]
+)
+SPATIAL = frozenset(
+    [
+        "_adaptive_avg_pool2d",
+        "_adaptive_avg_pool1d",
+        "adaptive_avg_pool1d",
+        "adaptive_max_pool2d",
+        "avg_pool2d",
+        "avg_pool1d",
+        "max_pool2d_with_indices",
+        "upsample_nearest2d",
+        "upsample_bilinear2d",
+        "upsample_bicubic2d",
+        "_upsample_bicubic2d_aa",
+        "_upsample_bilinear2d_aa",
+        "upsample_nearest1d",
+        "reflection_pad2d",
+        "replication_pad2d",
+    ]
+)
+ATTENTION = frozenset(
+    [
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_attention_math",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "scaled_dot_product_attention",
+    ]
+)
+BATCH_NORMS = frozenset(
+    [
+        "native_batch_norm",
+        "_native_batch_norm_legit_no_training",
+        "_native_batch_norm_legit",
+        "cudnn_batch_norm",
+        "_batch_norm_no_update",
+        "_batch_norm_with_update",
+    ]
+)
