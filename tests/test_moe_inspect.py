@@ -36,7 +36,8 @@ def test_counts_are_those_of_the_router():
     with torch.no_grad():
         logits = model(ids, output_router_logits=True).router_logits
     found = experts.inspect_experts(model, [{"input_ids": ids}], progress=False)
-    assert found.tokens == 30 and len(found.layers) == 2
+    assert found.tokens == 30
+    assert len(found.layers) == 2
     for layer, scores in zip(found.layers, logits, strict=True):
         chosen = scores.topk(2, 1).indices
         assert layer.load_E.tolist() == torch.bincount(chosen.flatten(), minlength=4).tolist()
@@ -100,7 +101,8 @@ def test_command(tmp_path, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([*arguments, "--out", str(tmp_path / "out")])
     shown = capsys.readouterr().out
-    assert "busiest" in shown and (tmp_path / "out" / "inspect.json").exists()
+    assert "busiest" in shown
+    assert (tmp_path / "out" / "inspect.json").exists()
     with pytest.raises(SystemExit, match="0"):
         main([*arguments, "--json"])
     assert len(json.loads(capsys.readouterr().out)["layers"]) == 2

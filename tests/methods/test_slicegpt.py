@@ -149,6 +149,25 @@ def test_one_rotation_leaves_an_ordinary_llama(tmp_path):
     torch.testing.assert_close(logits(again), logits(small), rtol=1e-3, atol=1e-3)
 
 
+def test_the_width_is_one_that_the_config_can_state(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    # Three heads: Transformers refuses hidden sizes that are no multiple of 3, and 40 of 48 is none.
+    model = llama(hidden_size=48, num_attention_heads=3, num_key_value_heads=3, head_dim=16)
+    small, _ = slicegpt(model, density=0.87, rotations="one")
+    assert small.config.hidden_size % 3 == 0
+    assert structure.describe(small) is None
+    small.save_pretrained(tmp_path)
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval()), logits(small), rtol=1e-3, atol=1e-3
+    )
+    odd, _ = slicegpt(
+        llama(hidden_size=48, num_attention_heads=3, num_key_value_heads=3, head_dim=16), width=40, rotations="one"
+    )
+    assert structure.describe(odd) is not None
+    assert odd.config.hidden_size == 48
+
+
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
 @pytest.mark.parametrize("rotations", ["each", "one"])
 def test_the_noted_structure_rebuilds_it(name, rotations):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -64,6 +65,8 @@ def slicegpt(
     if job.density == 1 and not width:
         return model
     kept = _width(residual, plan, job.density, width)
+    if plan.one and not residual.centred and not width:
+        kept = _told_by_config(model, kept)
     before = _logits(model, batches[0])
     eps = [branch.eps for branch in [*residual.branches, residual.final]]
     fold(residual, model, head=plan.head)
@@ -130,6 +133,34 @@ def _width(residual: Residual, plan: _Plan, density: float, width: int) -> int:
         if _parameters(residual, plan, kept) <= density * dense:
             return kept
     raise PumiceError(f"density={density} leaves shrink 'slicegpt' less than {MULTIPLE} directions: keep more.")
+
+
+def _told_by_config(model: nn.Module, kept: int) -> int:
+    """A width at or a little below `kept` that the config can state, as divisible by 2, 4, 8 as there is; else `kept`.
+
+    Llama's config wants a multiple of the number of heads; a model that no config describes needs Pumice to load.
+    """
+    config = _config(model)
+    if config is None:
+        return kept
+    told = [width for width in range(kept, kept - kept // 16 - 1, -1) if _accepts(config, width)]
+    return max(told, key=lambda width: (math.gcd(width, MULTIPLE), width), default=kept)
+
+
+def _config(model: nn.Module) -> Any:
+    """The text config, where it states hidden size and head size apart; None otherwise."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return config if hasattr(config, "hidden_size") and getattr(config, "head_dim", None) else None
+
+
+def _accepts(config: Any, width: int) -> bool:
+    try:
+        type(config).from_dict({**config.to_dict(), "hidden_size": width})
+    except Exception:
+        # Whatever a config class raises, it does not describe a model of this width.
+        return False
+    return True
 
 
 def _parameters(residual: Residual, plan: _Plan, kept: int) -> int:
@@ -250,9 +281,8 @@ def _truncate(model: nn.Module, residual: Residual, plan: _Plan, kept: int) -> N
 
 def _state(model: nn.Module, kept: int, ordinary: bool) -> None:
     """The config says the hidden size where the model is still the one that it describes."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if ordinary and hasattr(config, "hidden_size") and getattr(config, "head_dim", None):
+    config = _config(model)
+    if ordinary and config is not None and _accepts(config, kept):
         config.hidden_size = kept
     else:
         structure.note_shapes(model)
