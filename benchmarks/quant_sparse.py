@@ -51,6 +51,7 @@ from pumice.engine.evaluate import agreement, perplexity
 from pumice.engine.models import load_model
 from pumice.engine.retrieval import RetrievalData, load_cranfield, retrieval
 from pumice.engine.store import read_config
+from pumice.engine.written import write_windows
 from pumice.kernels.features import machine_stamp
 from pumice.prune.integers import tune_blocks, tune_scales
 from pumice.weights.layouts.base import Packed, pack
@@ -232,17 +233,6 @@ def gqsa(shared: Path, results: dict[str, Any], redo: bool, match: str) -> None:
         write(results, "stories15m")
 
 
-def written(model: nn.Module, bos: int, count: int, length: int, batch: int = 128) -> Tensor:
-    """Windows that a language model samples from itself, temperature 1: int64 [count, length]."""
-    torch.manual_seed(1)
-    start = torch.full((batch, 1), bos)
-    how: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "eos_token_id": None}
-    how |= {"min_new_tokens": length - 1, "max_new_tokens": length - 1, "pad_token_id": 0}
-    with torch.inference_mode():
-        made = [model.generate(start, attention_mask=torch.ones_like(start), **how) for _ in range(-(-count // batch))]
-    return torch.cat(made)[:count].clone()
-
-
 def lessons(shared: Path, dense: nn.Module, cache: Path | None) -> Tensor:
     """What the repair learns from; the first windows are the held-out ones, of real text."""
     loaded = load_model(shared / "models" / "stories15M-hf", dtype=torch.float32)
@@ -250,11 +240,7 @@ def lessons(shared: Path, dense: nn.Module, cache: Path | None) -> Tensor:
     first, _ = data.halves(text if isinstance(text, list) else [text])
     real = data.windows_from_documents(first, loaded.tokenizer, 400, 256, random=True, seed=0)
     file = None if cache is None else cache / "written.pt"
-    own = (
-        torch.load(file)
-        if file is not None and file.exists()
-        else written(dense, loaded.tokenizer.bos_token_id, 896, 256)
-    )
+    own = torch.load(file) if file is not None and file.exists() else write_windows(dense, 896, 256, seed=1)
     if file is not None:
         torch.save(own, file)
     return torch.cat([real[:16], own, real[16:]])
