@@ -113,8 +113,10 @@ class RouteContext:
 class Routing:
     """What a router says: for each token and expert a raw logit, a combine weight, and what selection compares.
 
-    Where `candidate_TC` is given the columns of all matrices are those C experts of each token instead of all E, so
-    that a router over very many experts never makes a matrix [T, E]; `experts` then says how many there are.
+    Columns are experts, unless the registry says otherwise of the router. "candidates": `candidate_TC` names the C
+    experts that each token's columns stand for, so that a router over very many experts never makes a matrix [T, E].
+    "slots": every expert has `slots` columns side by side. Where they are not experts, `experts` says how many there
+    are.
     """
 
     logits_TE: Tensor
@@ -132,13 +134,15 @@ class Routing:
     cache: dict[str, Any] = field(default_factory=dict)
     """Partial results that the experts may use again."""
     candidate_TC: Tensor | None = None
+    slots: int = 1
     experts: int = 0
 
     def __post_init__(self) -> None:
-        if not self.experts:
-            if self.candidate_TC is not None:
-                raise PumiceError("experts=0 beside candidate_TC: give Routing the number of experts.")
-            self.experts = self.logits_TE.shape[1]
+        if self.experts:
+            return
+        if self.candidate_TC is not None:
+            raise PumiceError("experts=0 beside candidate_TC: give Routing the number of experts.")
+        self.experts = self.logits_TE.shape[1] // self.slots
 
     @property
     def tokens(self) -> int:
@@ -159,9 +163,9 @@ class Routing:
         return weight_TE / weight_TE.sum(1, keepdim=True).clamp_min(torch.finfo(weight_TE.dtype).tiny)
 
     def per_expert(self, value_TE: Tensor) -> Tensor:
-        """Sum over tokens: [E], also where the columns are candidates."""
+        """Sum over tokens: [E], also where the columns are candidates or slots."""
         if self.candidate_TC is None:
-            return value_TE.sum(0)
+            return value_TE.sum(0).view(self.experts, self.slots).sum(1)
         return value_TE.new_zeros(self.experts).index_add(0, self.candidate_TC.flatten(), value_TE.flatten())
 
     def rows(self, index_T: Tensor) -> Routing:
