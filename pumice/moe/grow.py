@@ -25,9 +25,7 @@ def resized(experts: Experts, weights: dict[str, Tensor]) -> Experts:
     return other
 
 
-def spawn(
-    experts: Experts, count: int, *, masked: float = 0.2, generator: torch.Generator | None = None
-) -> Experts:
+def spawn(experts: Experts, count: int, *, masked: float = 0.2, generator: torch.Generator | None = None) -> Experts:
     """`count` copies of one trained expert, each with other weights set to 0: how EvoMoE's experts begin.
 
     Train a layer with `experts=1`, then make the next one with `MoE(d_model, d_ff, experts=spawn(layer.experts, 8))`.

@@ -17,7 +17,7 @@ from pumice.moe.plan import Plan
 from pumice.moe.routing import RouteContext, Routing
 
 
-@assign("growing", key="smoe-dropout", paper="arXiv:2303.01610")
+@assign("growing", key="smoe-dropout", paper="arXiv:2303.01610", trains=True)
 class Growing(nn.Module):
     """k rises in equal steps with `context.progress`, from `first` to `top_k`: SMoE-Dropout.
 

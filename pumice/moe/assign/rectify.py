@@ -82,4 +82,3 @@ def _best(score_RC: Tensor, count_R: Tensor) -> Tensor:
     rank_N = torch.arange(most, device=score_RC.device)
     take_RN = (rank_N < count_R[:, None]) & (value_RN > -torch.inf)
     return torch.zeros_like(score_RC, dtype=torch.bool).scatter_(1, column_RN, take_RN)
-

@@ -65,7 +65,9 @@ class Comet(Router):
     def leaves(self, x_TD: Tensor) -> Tensor:
         """Mass of every leaf, [T, K, E]; sums to 1 over each tree."""
         shape = (x_TD.shape[0], self.top_k, -1)
-        left_TKN = smooth_step(F.linear(x_TD, self.node_KND.flatten(0, 1)), self.gamma).view(*shape[:2], self.experts - 1)
+        left_TKN = smooth_step(F.linear(x_TD, self.node_KND.flatten(0, 1)), self.gamma).view(
+            *shape[:2], self.experts - 1
+        )
         level_TKN = x_TD.new_ones(shape[0], shape[1], 1)
         first, found = 0, []
         while first < 2 * self.experts - 1:

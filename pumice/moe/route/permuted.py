@@ -53,8 +53,10 @@ class Permuted(Router):
     ) -> None:
         super().__init__(d_model, experts)
         bound = registry.router.bind(router)
-        if bound.info.extras.get("columns", "experts") != "experts" or bound.info.extras.get("candidates"):
-            raise PumiceError(f"router={bound.name!r} inside 'permuted' must score experts: its columns are others.")
+        if bound.info.extras["columns"] != "experts":
+            raise PumiceError(
+                f"router={bound.name!r} inside 'permuted' scores {bound.info.extras['columns']}, not experts."
+            )
         if not 0 < search <= 1:
             raise PumiceError(f"search={search} is outside (0, 1], the share of the training that searches.")
         self.inner = bound(d_model, experts)
@@ -72,7 +74,9 @@ class Permuted(Router):
         share_EE = soft_EE / soft_EE.sum(1, keepdim=True)
         entropy = torch.special.entr(share_EE).sum() + torch.special.entr(soft_EE).sum()
         losses = {**routing.losses, "permuted": self.entropy * entropy}
-        others = {name: value @ soft_EE.detach() for name, value in (("select_TE", routing.select_TE),) if value is not None}
+        others = {
+            name: value @ soft_EE.detach() for name, value in (("select_TE", routing.select_TE),) if value is not None
+        }
         if routing.allowed_TE is not None:
             others["allowed_TE"] = routing.allowed_TE.to(soft_EE.dtype) @ soft_EE.detach() > 0
         return dataclasses.replace(routing, logits_TE=weight_TE, weight_TE=weight_TE, losses=losses, **others)
@@ -96,5 +100,7 @@ class Permuted(Router):
         """The routing with its columns in the order of the experts."""
         column_E = self.column_E()
         names = ("logits_TE", "weight_TE", "select_TE", "allowed_TE")
-        picked = {name: None if getattr(routing, name) is None else getattr(routing, name)[:, column_E] for name in names}
+        picked = {
+            name: None if getattr(routing, name) is None else getattr(routing, name)[:, column_E] for name in names
+        }
         return dataclasses.replace(routing, **picked)

@@ -17,7 +17,7 @@ from pumice.moe.route.base import Router
 from pumice.moe.routing import RouteContext, Routing
 
 
-@router("remoe", key="remoe", paper="arXiv:2412.14711")
+@router("remoe", key="remoe", paper="arXiv:2412.14711", trains=True)
 class ReMoE(Router):
     """relu(W x): positive entries are selection and combine weight in one, so that routing is continuous.
 

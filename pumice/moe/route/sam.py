@@ -18,7 +18,7 @@ from pumice.moe.route.base import Router
 from pumice.moe.routing import RouteContext, Routing
 
 
-@router("sam", key="sam", paper="arXiv:2110.07431")
+@router("sam", key="sam", paper="arXiv:2110.07431", forbids=True)
 class SwitchAndMixture(Router):
     """A switch router picks one group, a mixture router scores the experts; a token only gets experts of its group.
 

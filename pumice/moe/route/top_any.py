@@ -17,7 +17,7 @@ from pumice.moe.route.base import Router
 from pumice.moe.routing import RouteContext, Routing
 
 
-@router("top_any", key="dynmoe", paper="arXiv:2405.14297")
+@router("top_any", key="dynmoe", paper="arXiv:2405.14297", trains=True)
 class TopAny(Router):
     """Expert e is active where sigmoid(cos(x, w_e)) > sigmoid(G_e); the active ones are averaged.
 
