@@ -15,6 +15,7 @@ from pumice.core import registry
 from pumice.core.errors import PumiceError
 from pumice.core.registry import router
 from pumice.moe.route.base import Router, gumbel
+from pumice.moe.route.dselect_k import entropy
 from pumice.moe.routing import RouteContext, Routing
 
 NOTHING = 1e-5
@@ -46,7 +47,7 @@ class Permuted(Router):
         d_model: int,
         experts: int,
         *,
-        router: Annotated[Any, "whose columns are permuted: a name or {name: …, option: …}"] = "comet",
+        router: Annotated[str | dict[str, Any], "whose columns are permuted: a name or {name: …, option: …}"] = "comet",
         search: Annotated[float, "share of the training that searches"] = 0.1,
         noise: Annotated[float, "factor of the Gumbel noise"] = 0.01,
         entropy: Annotated[float, "factor of the permutation's entropy"] = 1e-3,
@@ -72,8 +73,8 @@ class Permuted(Router):
         soft_EE = self.soft(done, context.generator)
         weight_TE = routing.weight_TE @ soft_EE
         share_EE = soft_EE / soft_EE.sum(1, keepdim=True)
-        entropy = torch.special.entr(share_EE).sum() + torch.special.entr(soft_EE).sum()
-        losses = {**routing.losses, "permuted": self.entropy * entropy}
+        spread = entropy(share_EE).sum() + entropy(soft_EE).sum()
+        losses = {**routing.losses, "permuted": self.entropy * spread}
         others = {
             name: value @ soft_EE.detach() for name, value in (("select_TE", routing.select_TE),) if value is not None
         }
