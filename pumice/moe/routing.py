@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +16,11 @@ from torch import Tensor
 
 from pumice.core.errors import PumiceError
 
-_ambient: ContextVar[RouteContext | None] = ContextVar("pumice_route_context", default=None)
+# A plain list, since torch.compile cannot look into a ContextVar.
+_active: list[RouteContext] = []
 
 
-@dataclass
+@dataclass(eq=False)
 class RouteContext:
     """What a router, an assignment or a balance loss may know beyond the tokens' states; every field may be missing.
 
@@ -69,17 +69,20 @@ class RouteContext:
 
     @contextmanager
     def active(self) -> Iterator[RouteContext]:
-        """Every MoE layer that is called inside without a context of its own gets this one."""
-        token = _ambient.set(self)
+        """Every MoE layer that is called inside without a context of its own gets this one.
+
+        Where activations are recomputed in the backward pass, that pass has to run inside too.
+        """
+        _active.append(self)
         try:
             yield self
         finally:
-            _ambient.reset(token)
+            _active.pop()
 
     @staticmethod
     def current() -> RouteContext | None:
         """The active context, or None."""
-        return _ambient.get()
+        return _active[-1] if _active else None
 
     @property
     def segments(self) -> int:
@@ -109,7 +112,7 @@ class RouteContext:
         return dataclasses.replace(self, experts=experts, training=training, **flat)
 
 
-@dataclass
+@dataclass(eq=False)
 class Routing:
     """What a router says: for each token and expert a raw logit, a combine weight, and what selection compares.
 
