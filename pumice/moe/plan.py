@@ -75,7 +75,9 @@ class BasePlan:
         """Mean entropy of a token's normalised weights, in nats: 0 is a firm choice, log E none."""
         if self.routing is None or self.routing.tokens == 0:
             return torch.zeros(())
-        return torch.special.entr(self.routing.probability_TE).sum(1).mean()
+        share_TE = self.routing.probability_TE
+        # The slope of `torch.special.entr` at 0 is infinite, and ReLU routers have zeros.
+        return -(share_TE * share_TE.clamp_min(torch.finfo(share_TE.dtype).tiny).log()).sum(1).mean()
 
     @property
     def z_loss(self) -> Tensor:

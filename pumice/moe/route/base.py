@@ -6,6 +6,7 @@ Legend: T tokens, D model width, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,8 @@ class Router(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """What tokens are converted to for this router."""
-        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
+        own = chain(self.parameters(), self.buffers())
+        return next((one.dtype for one in own if one.is_floating_point()), torch.float32)
 
     def forward(self, x_TD: Tensor, context: RouteContext) -> Routing:
         raise NotImplementedError
@@ -43,3 +45,8 @@ class Router(nn.Module):
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, experts={self.experts}"
+
+
+def gumbel(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard Gumbel noise in the shape of `like`: the argmax of logits plus it is a sample of their softmax."""
+    return -torch.empty_like(like).exponential_(generator=generator).log()
