@@ -118,7 +118,7 @@ class MoE(nn.Module):
         x_TD = x.reshape(-1, self.d_model)
         plan = self.route(x_TD, known)
         y_TD = self.run(x_TD, plan)
-        self._remember(plan)
+        self.remember(plan)
         given.previous = plan.routing
         return y_TD.view(x.shape)
 
@@ -135,6 +135,8 @@ class MoE(nn.Module):
             if plan.routing is None:
                 plan.routing = routing
                 plan.losses = {**routing.losses, **plan.losses}
+            if self.training and isinstance(self.router, Router):
+                self.router.observe(plan)
             if torch.is_grad_enabled():
                 for (name, weight), loss in zip(self._weights, self.balance, strict=True):
                     value = weight * loss(plan, context)
@@ -186,7 +188,8 @@ class MoE(nn.Module):
             f"{int(rows[0])}, expert {int(columns[0])}: its inputs or the router's weights are not finite."
         )
 
-    def _remember(self, plan: AnyPlan) -> None:
+    def remember(self, plan: AnyPlan) -> None:
+        """Note a plan that has run, for `plan`, `aux_loss` and `seen_E`."""
         self.plan = plan if torch.is_grad_enabled() else plan.detach()
         with torch.no_grad():
             self.seen_E += plan.load_E.ceil().long()

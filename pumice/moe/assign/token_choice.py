@@ -66,7 +66,7 @@ def token_choice(
         possible_TK = score_TK > -torch.inf
         weight_TK = weight_TK * possible_TK
     if routing.renormalise:
-        weight_TK = renormalised(weight_TK)
+        weight_TK = routing.total * renormalised(weight_TK)
     index_TK = column_TK if routing.candidate_TC is None else routing.candidate_TC.gather(1, column_TK)
     tokens = index_TK.shape[0]
     token_A = torch.arange(tokens, device=index_TK.device).repeat_interleave(top_k)
