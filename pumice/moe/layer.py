@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from pumice.moe.experts.base import Experts
 from pumice.moe.plan import AnyPlan, Plan
 from pumice.moe.route.base import Router
 from pumice.moe.routing import RouteContext, Routing
+
+if TYPE_CHECKING:
+    from pumice.moe.layers.base import Layered
 
 Spec = str | Mapping[str, Any]
 BY = ("token", "segment")
@@ -95,15 +98,21 @@ class MoE(nn.Module):
             self.to(device=device, dtype=dtype)
 
     @classmethod
-    def from_recipe(cls, name: str, d_model: int, d_ff: int, experts: int = 8, **overrides: Any) -> MoE:
+    def from_recipe(cls, name: str, d_model: int, d_ff: int, experts: int = 8, **overrides: Any) -> MoE | Layered:
         """The layer that a file of `recipes/moe` describes (`switch-transformer`), with arguments of your own besides.
+
+        Where the recipe names a `layer`, it is that layer with the MoE inside.
 
         Raises:
             PumiceError: no such recipe, or one that breaks the schema.
         """
         from pumice.moe.recipes import load_recipe
 
-        return cls(d_model, d_ff, **{"experts": experts, **load_recipe(name).arguments, **overrides})
+        recipe = load_recipe(name)
+        arguments = {"experts": experts, **recipe.arguments, **overrides}
+        if recipe.layer is None:
+            return cls(d_model, d_ff, **arguments)
+        return registry.moe_layer.bind(recipe.layer)(d_model, d_ff, arguments.pop("experts"), arguments)
 
     def forward(self, x: Tensor, context: RouteContext | None = None) -> Tensor:
         """[…, D] to the same shape; one token or none is fine.

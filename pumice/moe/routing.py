@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +19,8 @@ from pumice.core.errors import PumiceError
 TOKEN_FIELDS = ("segment_T", "token_ids_T", "modality_T")
 """What a `RouteContext` holds for each token."""
 
-_ambient: ContextVar[RouteContext | None] = ContextVar("pumice_route_context", default=None)
+# A plain list, since torch.compile cannot look into a ContextVar.
+_active: list[RouteContext] = []
 
 
 @dataclass
@@ -72,17 +72,20 @@ class RouteContext:
 
     @contextmanager
     def active(self) -> Iterator[RouteContext]:
-        """Every MoE layer that is called inside without a context of its own gets this one."""
-        token = _ambient.set(self)
+        """Every MoE layer that is called inside without a context of its own gets this one.
+
+        Where activations are recomputed in the backward pass, that pass has to run inside too.
+        """
+        _active.append(self)
         try:
             yield self
         finally:
-            _ambient.reset(token)
+            _active.pop()
 
     @staticmethod
     def current() -> RouteContext | None:
         """The active context, or None."""
-        return _ambient.get()
+        return _active[-1] if _active else None
 
     @property
     def segments(self) -> int:
@@ -110,7 +113,6 @@ class RouteContext:
             flat["batch"], flat["seqlen"] = shape[0], shape[1]
             flat["segment_T"] = torch.arange(shape[0], device=device).repeat_interleave(shape[1])
         return dataclasses.replace(self, experts=experts, training=training, **flat)
-
 
     def part(self, index_N: Tensor) -> RouteContext:
         """What is known of some of the tokens only; what relates all of them to each other is left out."""

@@ -50,8 +50,9 @@ def attempt(router, assign, kind):
     try:
         return layer(router, assign, kind)
     except PumiceError as error:
-        assert any(repr(name) in str(error) for name in (router, assign, kind)), error
-        return None
+        reason = str(error)
+    assert any(repr(name) in reason for name in (router, assign, kind)), reason
+    return None
 
 
 def partner(family, name):

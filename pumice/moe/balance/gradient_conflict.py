@@ -44,7 +44,8 @@ class _Elimination(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None, None]:
         logits_TE, token_A, expert_A = ctx.saved_tensors
         factor, verdict_A = gradients
-        assert factor is not None and verdict_A is not None
+        assert factor is not None
+        assert verdict_A is not None
         return factor * elimination_gradient(logits_TE, token_A, expert_A, verdict_A > 0), None, None
 
 
@@ -88,7 +89,12 @@ class GradientConflict(nn.Module):
 
     def forward(self, plan: AnyPlan, context: RouteContext) -> Tensor:
         routing = plan.routing
-        if not isinstance(plan, Plan) or routing is None or routing.candidate_TC is not None or not plan.token_A.numel():
+        if (
+            not isinstance(plan, Plan)
+            or routing is None
+            or routing.candidate_TC is not None
+            or not plan.token_A.numel()
+        ):
             return plan.importance_E.new_zeros(())
         logits_TE = routing.logits_TE
         if not logits_TE.requires_grad:

@@ -77,7 +77,9 @@ class Superclass(nn.Module):
 
     expert_C: Tensor
 
-    def __init__(self, d_model: int, experts: int, *, classes: Annotated[int, "how many labels there are"] = 1000) -> None:
+    def __init__(
+        self, d_model: int, experts: int, *, classes: Annotated[int, "how many labels there are"] = 1000
+    ) -> None:
         super().__init__()
         self.experts = experts
         self.register_buffer("expert_C", torch.arange(classes) % experts)
@@ -95,7 +97,9 @@ class Superclass(nn.Module):
         if labels_G.shape[0] != segments:
             raise PumiceError(f"context.labels_G has {labels_G.shape[0]} entries for {segments} segments.")
         if segments and not 0 <= int(labels_G.min()) <= int(labels_G.max()) < self.expert_C.shape[0]:
-            raise PumiceError(f"labels up to {int(labels_G.max())} with classes={self.expert_C.shape[0]}: raise classes.")
+            raise PumiceError(
+                f"labels up to {int(labels_G.max())} with classes={self.expert_C.shape[0]}: raise classes."
+            )
         probability_GE, size_G = segment_means(probabilities(plan, "superclass"), segment_T, segments)
         target_G = self.expert_C[labels_G]
         loss_G = -probability_GE.gather(1, target_G[:, None]).squeeze(1).clamp_min(1e-12).log()

@@ -31,4 +31,3 @@ class Layered(nn.Module):
     def statistics(self) -> dict[str, dict[str, float]]:
         """What each one's last plan says of itself."""
         return {name: one.statistics() for name, one in self.inner()}
-

@@ -50,7 +50,9 @@ class MultiHead(Layered):
         given = context if context is not None else RouteContext.current() or RouteContext()
         # The pieces of a token stand side by side in its sequence, and share what is known of it.
         flat = {name: getattr(given, name) for name in TOKEN_FIELDS}
-        flat = {name: value.reshape(-1).repeat_interleave(self.heads) for name, value in flat.items() if value is not None}
+        flat = {
+            name: value.reshape(-1).repeat_interleave(self.heads) for name, value in flat.items() if value is not None
+        }
         pieces = self.split(x).unflatten(-1, (self.heads, -1)).flatten(-3, -2)
         y = self.moe(pieces, dataclasses.replace(given, **flat))
         return self.merge(y.reshape(x.shape))

@@ -5,7 +5,6 @@ Legend: T tokens, D model width, E experts, N tokens that are at a stratum, L st
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -64,7 +63,12 @@ class Stratified(Layered):
         if strata < 1 or experts % strata:
             raise PumiceError(f"strata={strata!r} of layer 'stratified' must divide the {experts} experts.")
         given = {"kind": "mlp", "shared": 0, **dict(moe or {})}
-        for name, allowed in (("router", ("linear",)), ("assign", ("token_choice",)), ("top_k", (1,)), ("shared", (0,))):
+        for name, allowed in (
+            ("router", ("linear",)),
+            ("assign", ("token_choice",)),
+            ("top_k", (1,)),
+            ("shared", (0,)),
+        ):
             if given.pop(name, allowed[0]) not in allowed:
                 raise PumiceError(f"{name} of layer 'stratified' is its own: leave it out.")
         pool = registry.experts.bind(given.pop("kind"))(d_model, d_ff, experts)

@@ -25,9 +25,7 @@ def check_clusters(clusters: int, experts: int, who: str) -> int:
     return clusters
 
 
-@router(
-    "clusters", key="moec", paper="arXiv:2207.09094", chance=True, trains=True, forbids=True
-)
+@router("clusters", key="moec", paper="arXiv:2207.09094", chance=True, trains=True, forbids=True)
 class Clusters(Router):
     """softmax(W x), while in training a share of the experts of every cluster is left out; drawn anew now and then.
 

@@ -28,7 +28,11 @@ def allowed_groups(score_TE: Tensor, groups: int, kept: int, best: int) -> Tenso
 
 
 @router(
-    "deepseek", key="deepseekmoe", paper="arXiv:2401.06066, arXiv:2408.15664, arXiv:2412.19437", trains=True, forbids=True
+    "deepseek",
+    key="deepseekmoe",
+    paper="arXiv:2401.06066, arXiv:2408.15664, arXiv:2412.19437",
+    trains=True,
+    forbids=True,
 )
 class DeepSeek(Router):
     """s = softmax or sigmoid of W x; s + b decides who is selected, s alone is the weight.

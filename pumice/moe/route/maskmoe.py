@@ -50,7 +50,9 @@ class MaskMoE(Router):
         self.visible, self.rare = experts if visible is None else visible, rare
         for name, value in (("visible", self.visible), ("rare", rare)):
             if not 1 <= value <= experts:
-                raise PumiceError(f"{name}={value!r} of router 'maskmoe' is outside 1..{experts}, the experts there are.")
+                raise PumiceError(
+                    f"{name}={value!r} of router 'maskmoe' is outside 1..{experts}, the experts there are."
+                )
         self.weight_ED = nn.Parameter(torch.empty(experts, d_model))
         nn.init.trunc_normal_(self.weight_ED, std=(0.1 / d_model) ** 0.5)
         self.register_buffer("visible_VE", torch.zeros(vocabulary, experts, dtype=torch.bool))

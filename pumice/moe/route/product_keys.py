@@ -93,4 +93,6 @@ class ProductKeys(Router):
             return F.layer_norm(query_THQ.unflatten(1, (-1, self.half)), (self.half,)).flatten(1)
         # One token has no variance over the batch.
         fresh = context.training and query_THQ.shape[0] > 1
-        return F.batch_norm(query_THQ, self.mean_HQ, self.variance_HQ, training=fresh) if query_THQ.shape[0] else query_THQ
+        return (
+            F.batch_norm(query_THQ, self.mean_HQ, self.variance_HQ, training=fresh) if query_THQ.shape[0] else query_THQ
+        )

@@ -76,7 +76,11 @@ class Similarity(_Mixed):
 
 
 @router(
-    "attention", key="similarity-attention-aware-smoe", paper="arXiv:2505.00792", needs=("attention_BHQK",), causal=False
+    "attention",
+    key="similarity-attention-aware-smoe",
+    paper="arXiv:2505.00792",
+    needs=("attention_BHQK",),
+    causal=False,
 )
 class Attention(_Mixed):
     """Logits are Σ_j A_ij W x_j with A the attention probabilities in front of the layer, averaged over the heads.
