@@ -49,11 +49,12 @@ class Quantised(Router):
         size = max(x_TD.numel(), 1)
         codebook = (q_TD - x_TD.detach()).square().sum() / size
         commitment = (q_TD.detach() - x_TD).square().sum() / size
-        logits_TE = near_TC.unflatten(1, (self.codes, self.experts)).amax(1)
+        logits_TE = near_TC.unflatten(1, (self.codes, self.experts)).amax(1).clamp_max(0)
         return Routing(
             logits_TE,
             torch.ones_like(logits_TE),
-            select_TE=logits_TE,
+            # The order of the logits, but positive, as an assignment with a threshold expects.
+            select_TE=1 / (1 - logits_TE),
             losses={"quantised": self.weight * (codebook + self.commit * commitment)},
             cache={"quantised_TD": x_TD + (q_TD - x_TD).detach()},
         )
