@@ -35,7 +35,9 @@ def test_the_partial_product_is_made_once(monkeypatch):
         """The reference, whose products PyTorch's counter sees."""
         of_tokens = (plan.token_A if gather else None, plan.token_A if scatter else None)
         scale = plan.weight_A if scatter else None
-        return reference.grouped_linear(x, weight, plan.offsets_E1, None, *of_tokens, scale, plan.tokens if scatter else 0)
+        return reference.grouped_linear(
+            x, weight, plan.offsets_E1, None, *of_tokens, scale, plan.tokens if scatter else 0
+        )
 
     monkeypatch.setattr("pumice.moe.experts.autonomous.grouped_linear", plain)
     moe, x = make(), tokens(40)

@@ -32,8 +32,9 @@ def clusters(
     """
     probability_TE = probabilities(plan, "clusters")
     count = check_clusters(clusters, probability_TE.shape[1], "balance 'clusters'")
+    if probability_TE.shape[0] == 0:
+        return probability_TE.sum()
     cluster_TCN = probability_TE.unflatten(1, (count, -1))
     within_T = cluster_TCN.var(2, unbiased=False).mean(1)
     between_T = cluster_TCN.mean(2).var(1, unbiased=False)
-    scale = probability_TE.shape[1] ** 2 / max(probability_TE.shape[0], 1)
-    return scale * (within_T - apart * between_T).sum()
+    return probability_TE.shape[1] ** 2 * (within_T - apart * between_T).mean()
