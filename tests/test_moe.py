@@ -11,7 +11,9 @@ from torch import nn
 import pumice.moe
 from pumice.core import registry, select
 from pumice.core.errors import PumiceError
+from pumice.core.registry import Bound, MethodInfo
 from pumice.moe import DensePlan, MergePlan, MoE, Plan, RouteContext, Routing
+from pumice.moe.layer import _check_parts
 from pumice.moe.recipes import load_recipe, read_recipe
 
 D, F, E = 16, 8, 4
@@ -214,6 +216,28 @@ REFUSED = [
 def test_what_cannot_work_is_refused_with_the_reason(given, reason):
     with pytest.raises(PumiceError, match=reason):
         MoE(D, F, **{"experts": E, **given})
+
+
+@pytest.mark.parametrize(
+    ("router", "assign", "kind", "reason"),
+    [
+        ({}, {"makes": "merge"}, {"merges": False}, "assign='a' averages experts, and those of kind='k' differ"),
+        ({"columns": "candidates"}, {}, {}, "router='r' scores candidates, and assign='a' takes experts: use assign="),
+        ({"forbids": True}, {"forbids": False}, {}, "router='r' forbids experts, and assign='a' has to use them all"),
+        ({"kind": "other"}, {}, {}, "router='r' looks into experts of kind='other', not 'k'"),
+        ({}, {}, {"router": "other"}, "kind='k' runs on what router='other' leaves, not 'r'"),
+        ({"kind": "k"}, {}, {"router": "r"}, None),
+    ],
+)
+def test_facts_decide_what_goes_together(router, assign, kind, reason):
+    info = MethodInfo("router", "r", None, extras={**registry.router.extras, **router})
+    other = MethodInfo("experts", "k", None, extras={**registry.experts.extras, **kind})
+    facts = {**registry.assign.extras, **assign}
+    if reason is None:
+        _check_parts(Bound(info), "a", facts.__getitem__, other)
+        return
+    with pytest.raises(PumiceError, match=reason):
+        _check_parts(Bound(info), "a", facts.__getitem__, other)
 
 
 def test_bad_input_at_run_time():

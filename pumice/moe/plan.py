@@ -19,7 +19,7 @@ from pumice.core import select
 from pumice.moe.routing import Routing
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class BasePlan:
     """What every plan has: its routing, its losses, and the numbers that say how well it uses the experts."""
 
@@ -116,7 +116,7 @@ class BasePlan:
         return {"routing": routing, "losses": {name: loss.detach() for name, loss in self.losses.items()}}
 
 
-@dataclass
+@dataclass(eq=False)
 class Plan(BasePlan):
     """Assignments of tokens to experts, sorted by expert, and within an expert by token.
 
@@ -265,7 +265,7 @@ class Plan(BasePlan):
         return dataclasses.replace(self, weight_A=self.weight_A.detach(), tap=None, **self._plain())
 
 
-@dataclass
+@dataclass(eq=False)
 class DensePlan(BasePlan):
     """Soft mixing within each of G equally long groups: slot s of group g gets `Σ_l dispatch_GLS[g, l, s] x_gl`, and
     token l gets `Σ_s combine_GLS[g, l, s] y_gs`.
@@ -318,7 +318,7 @@ class DensePlan(BasePlan):
         return dataclasses.replace(self, **parts, **self._plain())
 
 
-@dataclass
+@dataclass(eq=False)
 class MergePlan(BasePlan):
     """Soft merging: the tokens of group g run through one expert whose parameters are `Σ_e weight_GE[g, e] W_e`."""
 

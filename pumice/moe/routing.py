@@ -23,7 +23,7 @@ TOKEN_FIELDS = ("segment_T", "token_ids_T", "modality_T")
 _active: list[RouteContext] = []
 
 
-@dataclass
+@dataclass(eq=False)
 class RouteContext:
     """What a router, an assignment or a balance loss may know beyond the tokens' states; every field may be missing.
 
@@ -121,7 +121,7 @@ class RouteContext:
         return dataclasses.replace(self, seqlen=None, attention_BHQK=None, previous=None, **picked)
 
 
-@dataclass
+@dataclass(eq=False)
 class Routing:
     """What a router says: for each token and expert a raw logit, a combine weight, and what selection compares.
 
