@@ -101,7 +101,7 @@ class MoE(nn.Module):
     def from_recipe(cls, name: str, d_model: int, d_ff: int, experts: int = 8, **overrides: Any) -> MoE | Layered:
         """The layer that a file of `recipes/moe` describes (`switch-transformer`), with arguments of your own besides.
 
-        Where the recipe names a `layer`, it is that layer with the MoE inside.
+        Where the recipe names a `layer`, it is that layer with the MoE inside; where it gives a `d_ff`, that counts.
 
         Raises:
             PumiceError: no such recipe, or one that breaks the schema.
@@ -110,6 +110,7 @@ class MoE(nn.Module):
 
         recipe = load_recipe(name)
         arguments = {"experts": experts, **recipe.arguments, **overrides}
+        d_ff = recipe.d_ff or d_ff
         if recipe.layer is None:
             return cls(d_model, d_ff, **arguments)
         return registry.moe_layer.bind(recipe.layer)(d_model, d_ff, arguments.pop("experts"), arguments)

@@ -23,7 +23,7 @@ class MaskMoE(Router):
     """softmax(W x) over the experts that a token's id may see: a fixed random set, of 1 expert for rare ids.
 
     The sets are drawn once from `seed` and kept in the checkpoint [V, E]. Which ids are frequent comes from
-    `fit(counts_V)`; before it the first `frequent` share of ids is, since tokenizers number common pieces first. O(T D E).
+    `fit(counts_V)`; before it the first ids are, since tokenizers number common pieces first. O(T D E).
 
     The sizes of the sets are options, since the paper's (one expert for rare ids, all or several for frequent ones) and
     its threshold of frequency are from memory.
@@ -40,13 +40,13 @@ class MaskMoE(Router):
         experts: int,
         *,
         vocabulary: Annotated[int, "how many token ids there are"] = 32000,
-        frequent: Annotated[float, "share of the ids that count as frequent"] = 0.2,
+        frequent: Annotated[float, "share of the ids that occur at all which counts as frequent"] = 0.2,
         visible: Annotated[int | None, "experts that a frequent id sees; none is all"] = None,
         rare: Annotated[int, "experts that a rare id sees"] = 1,
         seed: Annotated[int, "of the sets"] = 0,
     ) -> None:
         super().__init__(d_model, experts)
-        self.frequent, self.seed = frequent, seed
+        self.vocabulary, self.frequent, self.seed = vocabulary, frequent, seed
         self.visible, self.rare = experts if visible is None else visible, rare
         for name, value in (("visible", self.visible), ("rare", rare)):
             if not 1 <= value <= experts:
@@ -64,7 +64,8 @@ class MaskMoE(Router):
         if counts_V.shape != (vocabulary,):
             raise PumiceError(f"counts_V has shape {tuple(counts_V.shape)}: give a count for each of {vocabulary} ids.")
         draw_VE = torch.rand(vocabulary, self.experts, generator=torch.Generator().manual_seed(self.seed))
-        frequent_V = select.topk(counts_V.double().cpu(), round(self.frequent * vocabulary))
+seen = int((counts_V > 0).sum())
+        frequent_V = select.topk(counts_V.double().cpu(), round(self.frequent * seen))
         many_VE, few_VE = select.topk(draw_VE, self.visible), select.topk(draw_VE, self.rare)
         self.visible_VE.copy_(torch.where(frequent_V[:, None], many_VE, few_VE))
 

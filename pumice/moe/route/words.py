@@ -54,6 +54,7 @@ class Words(Router):
         self, d_model: int, experts: int, *, vocabulary: Annotated[int, "words of the routing vocabulary"] = 32000
     ) -> None:
         super().__init__(d_model, experts)
+        self.vocabulary = vocabulary
         self.register_buffer("expert_V", torch.arange(vocabulary) % experts)
 
     def fit(self, counts_V: Tensor) -> None:
