@@ -98,10 +98,13 @@ class MoE(nn.Module):
             self.to(device=device, dtype=dtype)
 
     @classmethod
-    def from_recipe(cls, name: str, d_model: int, d_ff: int, experts: int = 8, **overrides: Any) -> MoE | Layered:
+    def from_recipe(
+        cls, name: str, d_model: int, d_ff: int, experts: int | None = None, **overrides: Any
+    ) -> MoE | Layered:
         """The layer that a file of `recipes/moe` describes (`switch-transformer`), with arguments of your own besides.
 
         Where the recipe names a `layer`, it is that layer with the MoE inside; where it gives a `d_ff`, that counts.
+        `experts` None is the recipe's number, or 8.
 
         Raises:
             PumiceError: no such recipe, or one that breaks the schema.
@@ -109,7 +112,8 @@ class MoE(nn.Module):
         from pumice.moe.recipes import load_recipe
 
         recipe = load_recipe(name)
-        arguments = {"experts": experts, **recipe.arguments, **overrides}
+        given = {} if experts is None else {"experts": experts}
+        arguments = {"experts": 8, **recipe.arguments, **given, **overrides}
         d_ff = recipe.d_ff or d_ff
         if recipe.layer is None:
             return cls(d_model, d_ff, **arguments)

@@ -11,7 +11,7 @@ from tests.methods.moe_parts import layer, router, tokens, training
 
 def scores_of_all(made, x):
     """Every head's score of every expert [T, H, E]: the matrix that the router avoids."""
-    query = made._normalised(F.linear(x, made.query_QD), RouteContext()).view(-1, 2, made.heads, made.half)
+    query = made._normalised(F.linear(x, made.query_QD), RouteContext()).view(-1, 2, made.heads, made.width)
     rows, columns = query[:, 0] @ made.row_MQ.t(), query[:, 1] @ made.column_NQ.t()
     return (rows[..., :, None] + columns[..., None, :]).flatten(2)
 

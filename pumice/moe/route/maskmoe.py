@@ -64,7 +64,7 @@ class MaskMoE(Router):
         if counts_V.shape != (vocabulary,):
             raise PumiceError(f"counts_V has shape {tuple(counts_V.shape)}: give a count for each of {vocabulary} ids.")
         draw_VE = torch.rand(vocabulary, self.experts, generator=torch.Generator().manual_seed(self.seed))
-seen = int((counts_V > 0).sum())
+        seen = int((counts_V > 0).sum())
         frequent_V = select.topk(counts_V.double().cpu(), round(self.frequent * seen))
         many_VE, few_VE = select.topk(draw_VE, self.visible), select.topk(draw_VE, self.rare)
         self.visible_VE.copy_(torch.where(frequent_V[:, None], many_VE, few_VE))

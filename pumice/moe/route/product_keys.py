@@ -57,7 +57,7 @@ class ProductKeys(Router):
             raise PumiceError(f"gate={gate!r} is none of {', '.join(GATES)} or norm={norm!r} of {', '.join(NORMS)}.")
         self.rows = next(m for m in range(math.isqrt(experts), 0, -1) if experts % m == 0)
         self.columns = experts // self.rows
-        self.heads, self.keys, self.half, self.gate, self.norm = heads, min(keys, experts), half, gate, norm
+        self.heads, self.keys, self.width, self.gate, self.norm = heads, min(keys, experts), half, gate, norm
         self.query_QD = nn.Parameter(torch.empty(heads * 2 * half, d_model).normal_(std=d_model**-0.5))
         self.row_MQ = nn.Parameter(torch.empty(self.rows, half).normal_(std=half**-0.5))
         self.column_NQ = nn.Parameter(torch.empty(self.columns, half).normal_(std=half**-0.5))
@@ -65,7 +65,7 @@ class ProductKeys(Router):
         self.register_buffer("variance_HQ", torch.ones(heads * 2 * half))
 
     def forward(self, x_TD: Tensor, context: RouteContext) -> Routing:
-        query_T2HQ = self._normalised(F.linear(x_TD, self.query_QD), context).view(-1, 2, self.heads, self.half)
+        query_T2HQ = self._normalised(F.linear(x_TD, self.query_QD), context).view(-1, 2, self.heads, self.width)
         score_THM = query_T2HQ[:, 0] @ self.row_MQ.t()
         score_THN = query_T2HQ[:, 1] @ self.column_NQ.t()
         score_THK, expert_THK = self._best_pairs(score_THM, score_THN)
@@ -90,7 +90,7 @@ class ProductKeys(Router):
         if self.norm == "none":
             return query_THQ
         if self.norm == "layer":
-            return F.layer_norm(query_THQ.unflatten(1, (-1, self.half)), (self.half,)).flatten(1)
+            return F.layer_norm(query_THQ.unflatten(1, (-1, self.width)), (self.width,)).flatten(1)
         # One token has no variance over the batch.
         fresh = context.training and query_THQ.shape[0] > 1
         return (
