@@ -22,7 +22,7 @@ from pumice.moe.route.base import Router
 from pumice.moe.routing import RouteContext, Routing
 
 if TYPE_CHECKING:
-    from pumice.moe.layers.base import Layered
+    from pumice.moe.composite.base import Layered
 
 Spec = str | Mapping[str, Any]
 BY = ("token", "segment")

@@ -7,7 +7,7 @@ import torch
 
 from pumice.core import registry
 from pumice.moe import aux_loss, layers
-from pumice.moe.layers.base import Layered
+from pumice.moe.composite.base import Layered
 
 D, E = 16, 8
 LAYERS = [info.name for info in registry.methods("moe_layer")]

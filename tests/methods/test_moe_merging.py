@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from pumice.moe import MoE
-from pumice.moe.layers.token_attention import TokenAttention
+from pumice.moe.composite.token_attention import TokenAttention
 from tests.methods.moe_parts import D, E, tokens
 
 

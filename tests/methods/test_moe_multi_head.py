@@ -5,7 +5,7 @@ import torch
 
 from pumice.core.errors import PumiceError
 from pumice.moe import MoE, RouteContext
-from pumice.moe.layers.multi_head import MultiHead
+from pumice.moe.composite.multi_head import MultiHead
 from tests.methods.moe_parts import D, E, tokens
 
 PARTS = {"shared": 0, "balance": {}, "top_k": 1}

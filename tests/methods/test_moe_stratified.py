@@ -5,7 +5,7 @@ import torch
 
 from pumice.core.errors import PumiceError
 from pumice.moe import MoE, RouteContext
-from pumice.moe.layers.stratified import Stratified
+from pumice.moe.composite.stratified import Stratified
 from tests.methods.moe_parts import D, E, draw, tokens
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from pumice.moe import RouteContext
-from pumice.moe.layers.vqmoe import VQMoE
+from pumice.moe.composite.vqmoe import VQMoE
 from tests.methods.moe_parts import D, E, assigned, draw, router, tokens
 
 

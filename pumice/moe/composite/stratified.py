@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from pumice.core import registry
 from pumice.core.errors import PumiceError
 from pumice.core.registry import moe_layer
+from pumice.moe.composite.base import Layered
 from pumice.moe.layer import MoE
-from pumice.moe.layers.base import Layered
 from pumice.moe.plan import Plan
 from pumice.moe.route.base import Router
 from pumice.moe.routing import RouteContext, Routing

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from pumice.core.errors import PumiceError
 from pumice.core.registry import moe_layer
+from pumice.moe.composite.base import Layered
 from pumice.moe.layer import MoE
-from pumice.moe.layers.base import Layered
 from pumice.moe.routing import RouteContext
 
 
