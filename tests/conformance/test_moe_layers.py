@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from pumice import moe
 from pumice.core import registry
 from pumice.moe import aux_loss, layers
 from pumice.moe.composite.base import Layered
@@ -61,3 +62,9 @@ class TestEveryLayer:
         info = registry.moe_layer.get(name)
         assert info.paper
         assert all(option.help for option in info.options.values())
+
+
+def test_discovery_hides_no_public_name():
+    registry.methods()
+    assert callable(moe.layers)
+    assert all(hasattr(moe, name) for name in moe.__all__)
