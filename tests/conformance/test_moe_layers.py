@@ -38,8 +38,8 @@ class TestEveryLayer:
     def test_half_precision_keeps_routers_in_float32(self, name):
         made = make(name).to(torch.bfloat16)
         assert made(tokens(2, 6).bfloat16()).dtype is torch.bfloat16
-        for _, moe in made.inner():
-            assert all(p.dtype is torch.float32 for p in moe.router.parameters())
+        for _, one in made.inner():
+            assert all(p.dtype is torch.float32 for p in one.router.parameters())
 
     def test_repeats_itself_and_lives_in_a_checkpoint(self, name):
         made = make(name)
