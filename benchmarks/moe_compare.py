@@ -37,7 +37,7 @@ from pumice.moe.recipes import Recipe, recipes
 RESULTS = Path(__file__).parent / "results" / "moe_compare.json"
 WIDTH, BLOCKS, ACTIVE, RATIO, VOCABULARY, LENGTH, BATCH = 128, 4, 256, 4, 1024, 128, 16
 DENSE = {"dense, equal active": ACTIVE, "dense, equal total": ACTIVE * RATIO}
-MATRICES = {"swiglu": 3}
+MATRICES = {"swiglu": 3, "heterogeneous": 3, "autonomous": 3}
 """Matrices of a kind of experts, 2 where it is not said: experts of two matrices are wider by half."""
 
 
@@ -104,7 +104,7 @@ def build(name: str, recipe: Recipe | None, seed: int) -> nn.Module:
     return model
 
 
-def layer(recipe: Recipe) -> MoE:
+def layer(recipe: Recipe) -> nn.Module:
     """The recipe's layer at the common number of active and, where it leaves the experts open, of total parameters."""
     given = recipe.arguments
     k, shared = chosen(recipe), int(given.get("shared", 1))
@@ -112,7 +112,16 @@ def layer(recipe: Recipe) -> MoE:
     matrices = MATRICES.get(kind if isinstance(kind, str) else kind["name"], 2)
     hidden = ACTIVE * 3 / matrices / (k + shared)
     experts = int(given.get("experts", RATIO * (k + shared) - shared))
+    if recipe.d_ff is not None:
+        experts = round(RATIO * ACTIVE * 3 / matrices / recipe.d_ff)
     return MoE.from_recipe(recipe.name, WIDTH, max(1, round(hidden)), experts=experts)
+
+
+def count_words(model: nn.Module, ids: Tensor) -> None:
+    """Tell routers by words how often each word occurs."""
+    for _, one in moe.layers(model):
+        if hasattr(one.router, "vocabulary"):
+            one.router.fit(torch.bincount(ids, minlength=one.router.vocabulary))
 
 
 def chosen(recipe: Recipe) -> int:
@@ -128,6 +137,7 @@ def chosen(recipe: Recipe) -> int:
 def train(name: str, recipe: Recipe | None, text: Text, steps: int, seed: int) -> Trained:
     """Train one model from its seed; PumiceError where the loss is not finite."""
     model = build(name, recipe, seed).train()
+    count_words(model, text.learn)
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
@@ -181,7 +191,7 @@ def judge(model: nn.Module, text: Text) -> dict[str, Any]:
 def parameters(model: nn.Module, per_token: float | None) -> dict[str, int]:
     """All parameters of the feed-forward blocks, and those that a token meets (routers included)."""
     total = sum(p.numel() for n, p in model.named_parameters() if ".mlp." in n)
-    routed = sum(p.numel() for _, one in moe.layers(model) for p in one.experts.parameters())
+    routed = sum(p.numel() for one in {one.experts for _, one in moe.layers(model)} for p in one.parameters())
     share = 0.0 if per_token is None else per_token / max(one.experts.experts for _, one in moe.layers(model))
     return {"total": total, "active": round(total - routed + routed * share)}
 

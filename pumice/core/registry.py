@@ -272,6 +272,7 @@ assign = Family(
 balance = Family("balance", "pumice.moe.balance", weight=0.01, router=None)
 # merges: the parameters of several experts can be averaged. router: the one router that prepares its work, or None.
 experts = Family("experts", "pumice.moe.experts", merges=True, router=None)
+moe_layer = Family("moe_layer", "pumice.moe.composite")
 FAMILIES = {one.name: one for one in list(globals().values()) if isinstance(one, Family)}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from pumice.moe.experts.base import Experts
 from pumice.moe.plan import AnyPlan, Plan
 from pumice.moe.route.base import Router
 from pumice.moe.routing import RouteContext, Routing
+
+if TYPE_CHECKING:
+    from pumice.moe.composite.base import Layered
 
 Spec = str | Mapping[str, Any]
 BY = ("token", "segment")
@@ -95,15 +98,26 @@ class MoE(nn.Module):
             self.to(device=device, dtype=dtype)
 
     @classmethod
-    def from_recipe(cls, name: str, d_model: int, d_ff: int, experts: int = 8, **overrides: Any) -> MoE:
+    def from_recipe(
+        cls, name: str, d_model: int, d_ff: int, experts: int | None = None, **overrides: Any
+    ) -> MoE | Layered:
         """The layer that a file of `recipes/moe` describes (`switch-transformer`), with arguments of your own besides.
+
+        Where the recipe names a `layer`, it is that layer with the MoE inside; where it gives a `d_ff`, that counts.
+        `experts` None is the recipe's number, or 8.
 
         Raises:
             PumiceError: no such recipe, or one that breaks the schema.
         """
         from pumice.moe.recipes import load_recipe
 
-        return cls(d_model, d_ff, **{"experts": experts, **load_recipe(name).arguments, **overrides})
+        recipe = load_recipe(name)
+        given = {} if experts is None else {"experts": experts}
+        arguments = {"experts": 8, **recipe.arguments, **given, **overrides}
+        d_ff = recipe.d_ff or d_ff
+        if recipe.layer is None:
+            return cls(d_model, d_ff, **arguments)
+        return registry.moe_layer.bind(recipe.layer)(d_model, d_ff, arguments.pop("experts"), arguments)
 
     def forward(self, x: Tensor, context: RouteContext | None = None) -> Tensor:
         """[…, D] to the same shape; one token or none is fine.
@@ -118,7 +132,7 @@ class MoE(nn.Module):
         x_TD = x.reshape(-1, self.d_model)
         plan = self.route(x_TD, known)
         y_TD = self.run(x_TD, plan)
-        self._remember(plan)
+        self.remember(plan)
         given.previous = plan.routing
         return y_TD.view(x.shape)
 
@@ -135,6 +149,8 @@ class MoE(nn.Module):
             if plan.routing is None:
                 plan.routing = routing
                 plan.losses = {**routing.losses, **plan.losses}
+            if self.training and isinstance(self.router, Router):
+                self.router.observe(plan)
             if torch.is_grad_enabled():
                 for (name, weight), loss in zip(self._weights, self.balance, strict=True):
                     value = weight * loss(plan, context)
@@ -186,7 +202,8 @@ class MoE(nn.Module):
             f"{int(rows[0])}, expert {int(columns[0])}: its inputs or the router's weights are not finite."
         )
 
-    def _remember(self, plan: AnyPlan) -> None:
+    def remember(self, plan: AnyPlan) -> None:
+        """Note a plan that has run, for `plan`, `aux_loss` and `seen_E`."""
         self.plan = plan if torch.is_grad_enabled() else plan.detach()
         with torch.no_grad():
             self.seen_E += plan.load_E.ceil().long()

@@ -8,6 +8,7 @@ Legend: T tokens, E experts, K experts of a token, A assignments (token, expert)
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -138,6 +139,9 @@ class Plan(BasePlan):
     """int64: assignments before a capacity refused some; None where there is no capacity."""
     in_order: bool = False
     """Assignment a is token a, with weight 1: there is nothing to gather, scale or sum."""
+    tap: Callable[[Tensor], Tensor] | None = None
+    """Called with what the experts make first of their tokens, [A, F], and returns it: for losses that look at the
+    gradient of each token in its expert. A kernel that fuses beyond that point must not run where it is set."""
 
     @property
     def tokens(self) -> int:
@@ -243,11 +247,16 @@ class Plan(BasePlan):
             in_order=False,
         )
 
+    def tapped(self, hidden_AF: Tensor) -> Tensor:
+        """`hidden_AF` through `tap`, where there is one: every kind of experts passes its first hidden state here."""
+        return hidden_AF if self.tap is None else self.tap(hidden_AF)
+
     def renormalised(self) -> Plan:
-        """The plan with each token's weights divided by their sum."""
+        """The plan with each token's weights divided by their sum, times the routing's `total`."""
         sum_T = self.weight_A.new_zeros(self.count).index_add(0, self.token_A, self.weight_A)
         sum_T = sum_T.clamp_min(torch.finfo(self.weight_A.dtype).tiny)
-        return dataclasses.replace(self, weight_A=self.weight_A / sum_T[self.token_A])
+        total = 1.0 if self.routing is None else self.routing.total
+        return dataclasses.replace(self, weight_A=total * self.weight_A / sum_T[self.token_A])
 
     def limit(self, capacity: int, priority_A: Tensor) -> Plan:
         """At most `capacity` assignments an expert: those of the largest `priority_A`, earlier ones at ties."""
@@ -255,7 +264,7 @@ class Plan(BasePlan):
 
     def detach(self) -> Plan:
         """The same without gradients."""
-        return dataclasses.replace(self, weight_A=self.weight_A.detach(), **self._plain())
+        return dataclasses.replace(self, weight_A=self.weight_A.detach(), tap=None, **self._plain())
 
 
 @dataclass(eq=False)

@@ -11,18 +11,21 @@ from typing import Any
 from pumice.core.errors import PumiceError
 from pumice.core.registry import unknown
 
-ABOUT = ("name", "summary", "paper", "key")
+ABOUT = ("name", "summary", "paper", "key", "layer", "d_ff")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One layer: `arguments` are keyword arguments of `MoE`."""
+    """One layer: `arguments` are keyword arguments of `MoE`, `layer` is what is built around it, if anything."""
 
     name: str
     summary: str
     arguments: dict[str, Any]
     paper: str | None = None
     key: str | None = None
+    layer: Any = None
+    d_ff: int | None = None
+    """The hidden width of an expert, where it belongs to the method."""
 
 
 def folder() -> Path:
@@ -73,7 +76,7 @@ def read_recipe(path: Path) -> Recipe:
     if content.get("name", path.stem) != path.stem:
         raise PumiceError(f"recipe file {path.name} names itself {content['name']!r}: make the two equal.")
     arguments = {key: value for key, value in content.items() if key not in ABOUT}
-    about = {key: content.get(key) for key in ("paper", "key")}
+    about = {key: content.get(key) for key in ("paper", "key", "layer", "d_ff")}
     return Recipe(path.stem, str(content.get("summary", "")), arguments, **about)
 
 

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from pumice.core.errors import PumiceError
 
+TOKEN_FIELDS = ("segment_T", "token_ids_T", "modality_T")
+"""What a `RouteContext` holds for each token."""
+
 # A plain list, since torch.compile cannot look into a ContextVar.
 _active: list[RouteContext] = []
 
@@ -99,7 +102,7 @@ class RouteContext:
         """
         tokens = shape[:-1].numel()
         flat: dict[str, Any] = {}
-        for name in ("segment_T", "token_ids_T", "modality_T"):
+        for name in TOKEN_FIELDS:
             value = getattr(self, name)
             if value is None:
                 continue
@@ -110,6 +113,12 @@ class RouteContext:
             flat["batch"], flat["seqlen"] = shape[0], shape[1]
             flat["segment_T"] = torch.arange(shape[0], device=device).repeat_interleave(shape[1])
         return dataclasses.replace(self, experts=experts, training=training, **flat)
+
+    def part(self, index_N: Tensor) -> RouteContext:
+        """What is known of some of the tokens only; what relates all of them to each other is left out."""
+        picked = {name: getattr(self, name) for name in TOKEN_FIELDS}
+        picked = {name: value.reshape(-1)[index_N] for name, value in picked.items() if value is not None}
+        return dataclasses.replace(self, seqlen=None, attention_BHQK=None, previous=None, **picked)
 
 
 @dataclass(eq=False)
@@ -132,10 +141,13 @@ class Routing:
     """bool; False keeps a token from an expert whatever the scores."""
     renormalise: bool = False
     """Whether a token's selected weights are divided by their sum."""
+    total: float = 1.0
+    """What they then sum up to."""
     losses: dict[str, Tensor] = field(default_factory=dict)
     """The router's own losses, already multiplied by their weights."""
     cache: dict[str, Any] = field(default_factory=dict)
-    """Partial results that the experts may use again."""
+    """Partial results that losses or experts may use again. Those named `…_TE` have a row for each token and an entry
+    for each column; only they go along where a segment's routing is given to its tokens."""
     candidate_TC: Tensor | None = None
     slots: int = 1
     experts: int = 0
@@ -175,7 +187,8 @@ class Routing:
         """The routing whose row t is this one's row `index_T[t]`: a segment's decision given to each of its tokens."""
         names = ("logits_TE", "weight_TE", "select_TE", "allowed_TE", "candidate_TC")
         picked = {name: None if getattr(self, name) is None else getattr(self, name)[index_T] for name in names}
-        return dataclasses.replace(self, **picked)
+        cache = {name: value[index_T] for name, value in self.cache.items() if name.endswith("_TE")}
+        return dataclasses.replace(self, cache=cache, **picked)
 
     def detach(self) -> Routing:
         """The same without gradients and without the cache."""

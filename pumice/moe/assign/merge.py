@@ -46,6 +46,8 @@ def merge(
         weight_GE = weight_GE * kept_GE
         if routing.renormalise:
             weight_GE = weight_GE / weight_GE.sum(1, keepdim=True).clamp_min(1e-30)
+    if routing.renormalise:
+        weight_GE = routing.total * weight_GE
     return MergePlan(weight_GE, group_T, routing=routing)
 
 

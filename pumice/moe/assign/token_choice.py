@@ -51,12 +51,15 @@ def token_choice(
 
     Without a capacity nothing is dropped (MegaBlocks). With one, each expert takes `ceil(capacity · T · top_k / E)`
     tokens: in the order of positions, first choices before second ones (GShard, Switch), or by weight (V-MoE's
-    batch-prioritised routing). What is refused contributes nothing. Experts that are not allowed are never chosen.
+    batch-prioritised routing). What is refused contributes nothing. Experts that are not allowed are never chosen;
+    a router of few candidates may offer fewer than `top_k`, which are then all taken.
     O(T C).
     """
     if order not in ORDERS:
         raise PumiceError(f"order={order!r} is none of {', '.join(ORDERS)}.")
     columns = routing.weight_TE.shape[1]
+    if routing.candidate_TC is not None:
+        top_k = min(top_k, columns)
     if not 1 <= top_k <= columns:
         raise PumiceError(f"top_k={top_k} is outside 1..{columns}, the experts a token can choose from.")
     score_TK, column_TK = select.largest(routing.score_TE, top_k)
@@ -66,7 +69,7 @@ def token_choice(
         possible_TK = score_TK > -torch.inf
         weight_TK = weight_TK * possible_TK
     if routing.renormalise:
-        weight_TK = renormalised(weight_TK)
+        weight_TK = routing.total * renormalised(weight_TK)
     index_TK = column_TK if routing.candidate_TC is None else routing.candidate_TC.gather(1, column_TK)
     tokens = index_TK.shape[0]
     token_A = torch.arange(tokens, device=index_TK.device).repeat_interleave(top_k)

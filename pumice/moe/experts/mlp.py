@@ -42,5 +42,5 @@ class MLP(Experts):
     def compute(self, x_TD: Tensor, plan: Plan, weights: dict[str, Tensor]) -> Tensor:
         up, down = weights["up_proj"], weights["down_proj"]
         hidden_AF = grouped_linear(x_TD, up, plan, bias_EO=weights.get("up_proj_bias"), gather=True, scatter=False)
-        hidden_AF = self._act(hidden_AF)
+        hidden_AF = self._act(plan.tapped(hidden_AF))
         return grouped_linear(hidden_AF, down, plan, bias_EO=weights.get("down_proj_bias"), gather=False, scatter=True)

@@ -45,6 +45,6 @@ class SwiGLU(Experts):
     def compute(self, x_TD: Tensor, plan: Plan, weights: dict[str, Tensor]) -> Tensor:
         up, down = weights["gate_up_proj"], weights["down_proj"]
         both = grouped_linear(x_TD, up, plan, bias_EO=weights.get("gate_up_proj_bias"), gather=True, scatter=False)
-        gate_AF, up_AF = both.chunk(2, dim=1)
+        gate_AF, up_AF = plan.tapped(both).chunk(2, dim=1)
         hidden_AF = self._act(gate_AF) * up_AF
         return grouped_linear(hidden_AF, down, plan, bias_EO=weights.get("down_proj_bias"), gather=False, scatter=True)

@@ -1,0 +1,1 @@
+"""Members of an open family: see docs/moe.md."""
