@@ -193,6 +193,7 @@ struct Floats256 {
     return load8(some);
   }
   static Sum fma(Sum s, Reg w, Reg x) { return _mm256_fmadd_ps(w, x, s); }
+  static Reg hold(Reg r) { return r; }
   static Reg spread(const T* x, int) { return _mm256_set1_ps(widen(*x)); }
   static inline void cross(const T* w, int64_t, int, int64_t outputs, Reg* out) {
     out[0] = outputs >= 8 ? load8(w) : load(w, outputs);

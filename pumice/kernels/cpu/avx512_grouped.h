@@ -49,6 +49,7 @@ struct Floats512 : Sums512 {
   static Reg load(const T* p) { return load16(p); }
   static Reg load(const T* p, int64_t n) { return load16(first16(n), p); }
   static Sum fma(Sum s, Reg w, Reg x) { return _mm512_fmadd_ps(w, x, s); }
+  static Reg hold(Reg r) { return _mm512_castsi512_ps(in_register(_mm512_castps_si512(r))); }
   static Reg spread(const T* x, int) { return _mm512_set1_ps(widen(*x)); }
   static inline void cross(const T* w, int64_t, int, int64_t outputs, Reg* out) {
     out[0] = outputs >= 16 ? load16(w) : load16(first16(outputs), w);

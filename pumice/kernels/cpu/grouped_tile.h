@@ -1,6 +1,7 @@
 // The loops of grouped products, over the vectors of one instruction set. Included after it has set its target.
 //
-// A type `V` says how numbers are held: `Reg` of operands, `Sum` of sums, and
+// A type `V` says how numbers are held: `Reg` of operands, `Sum` of sums, `hold`, which keeps a loaded operand in its
+// register (compilers would rather read it from cache again for every product), and
 //   rows mode (inputs side by side in w): kLanes inputs a Reg, tiles of kM outputs times kN rows of x, whose sums are
 //     added up across lanes at the end of a stretch of kStretch inputs;
 //   columns mode (outputs side by side in w): kWidth outputs a Sum, kStep inputs at a time, kCross Sums from one load,
@@ -81,7 +82,7 @@ inline void dots(const Part<V>& p, const typename V::T* w, int64_t ahead, const 
     for (int m = 0; m < M; ++m) {
       const typename V::T* at = w + m * stride + i;
       if (ahead) ask(at + ahead);
-      const typename V::Reg r = V::load(at);
+      const typename V::Reg r = V::hold(V::load(at));
       PUMICE_UNROLL
       for (int n = 0; n < N; ++n) acc[m][n] = V::fma(acc[m][n], r, v[n]);
     }
@@ -148,7 +149,7 @@ inline void packed_dots(const typename V::Reg* w, const typename V::Reg* x, int6
     for (int n = 0; n < N; ++n) v[n] = x[n];
     PUMICE_UNROLL
     for (int m = 0; m < M; ++m) {
-      const typename V::Reg r = w[m];
+      const typename V::Reg r = V::hold(w[m]);
       PUMICE_UNROLL
       for (int n = 0; n < N; ++n) acc[m][n] = V::fma(acc[m][n], r, v[n]);
     }
@@ -203,7 +204,28 @@ inline void rows_packed(const Part<V>& p, int64_t o, int64_t count, float* sums)
   }
 }
 
-// Columns mode: S Sums of outputs times N rows of x. `kPacked`: w comes as S Regs a step, else from where it lies.
+// Columns mode: `kLeft` inputs from i on, times S Sums of outputs of N rows of x. `kPacked`: w comes as S Regs a step,
+// else from where it lies.
+template <class V, int S, int N, bool kPacked, int kLeft>
+inline void spread_step(const typename V::T* w, int64_t stride, const typename V::Reg* packed, int64_t outputs,
+                        const typename V::T* const* x, int64_t i, typename V::Sum (*acc)[S]) {
+  typename V::Reg v[S];
+  if constexpr (kPacked) {
+    PUMICE_UNROLL
+    for (int s = 0; s < S; ++s) v[s] = V::hold(packed[s]);
+  } else {
+    PUMICE_UNROLL
+    for (int s = 0; s < S; s += V::kCross)
+      V::cross(w + s * V::kWidth, stride, kLeft, outputs - s * V::kWidth, v + s);
+  }
+  PUMICE_UNROLL
+  for (int r = 0; r < N; ++r) {
+    const typename V::Reg b = V::hold(V::spread(x[r] + i, kLeft));
+    PUMICE_UNROLL
+    for (int s = 0; s < S; ++s) acc[r][s] = V::fma(acc[r][s], v[s], b);
+  }
+}
+
 template <class V, int S, int N, bool kPacked>
 inline void spreads(const typename V::T* w, int64_t stride, const typename V::Reg* packed, int64_t outputs,
                     const typename V::T* const* x, int64_t x_from, int64_t n, float* out, bool add) {
@@ -212,25 +234,10 @@ inline void spreads(const typename V::T* w, int64_t stride, const typename V::Re
   for (int r = 0; r < N; ++r)
     PUMICE_UNROLL
     for (int s = 0; s < S; ++s) acc[r][s] = V::zero();
-  for (int64_t i = 0; i < n; i += V::kStep) {
-    const int left = n - i < V::kStep ? (int)(n - i) : V::kStep;
-    typename V::Reg v[S];
-    if (kPacked) {
-      PUMICE_UNROLL
-      for (int s = 0; s < S; ++s) v[s] = packed[s];
-      packed += S;
-    } else {
-      PUMICE_UNROLL
-      for (int s = 0; s < S; s += V::kCross)
-        V::cross(w + i * stride + s * V::kWidth, stride, left, outputs - s * V::kWidth, v + s);
-    }
-    PUMICE_UNROLL
-    for (int r = 0; r < N; ++r) {
-      const typename V::Reg b = V::spread(x[r] + x_from + i, left);
-      PUMICE_UNROLL
-      for (int s = 0; s < S; ++s) acc[r][s] = V::fma(acc[r][s], v[s], b);
-    }
-  }
+  int64_t i = 0;
+  for (; i + V::kStep <= n; i += V::kStep, packed += kPacked ? S : 0)
+    spread_step<V, S, N, kPacked, V::kStep>(w + i * stride, stride, packed, outputs, x, x_from + i, acc);
+  if (i < n) spread_step<V, S, N, kPacked, 1>(w + i * stride, stride, packed, outputs, x, x_from + i, acc);
   PUMICE_UNROLL
   for (int r = 0; r < N; ++r)
     PUMICE_UNROLL

@@ -108,6 +108,7 @@ struct Floats {
     for (int i = 0; i < 8; ++i) s.v[i] += w.v[i] * x.v[i];
     return s;
   }
+  static Reg hold(Reg r) { return r; }
   static Reg spread(const T* x, int) {
     Reg r;
     for (int i = 0; i < 8; ++i) r.v[i] = widen(*x);
