@@ -59,7 +59,7 @@ native = Extension(
 
 setup(
     # The recipes lie at the top of the repository, where people look for them, and inside the package once installed.
-    packages=[*find_packages(include=["pumice*"]), "pumice.recipes"],
+    packages=[*find_packages(include=["pumice*"]), "pumice.recipes", "pumice.recipes.moe"],
     package_dir={"pumice.recipes": "recipes"},
     ext_modules=[native],
     cmdclass={"build_ext": OptionalBuild},

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import pumice.prune.run
 from pumice import recipe as recipes
 from pumice.cli import app
+from pumice.moe.recipes import recipes as moe_recipes
 from tests import tiny
 
 VERBS = (
@@ -358,7 +359,8 @@ def test_methods_lists_everything_registered(place):
     rows = found("methods")
     listed = {(row["family"], row["name"]) for row in rows}
     assert listed == {(info.family, info.name) for info in registry.methods()} | {
-        ("recipe", one.name) for one in recipes.recipes()
+        *(("recipe", one.name) for one in recipes.recipes()),
+        *(("moe-recipe", one.name) for one in moe_recipes()),
     }
     by_name = {(row["family"], row["name"]): row for row in rows}
     assert by_name["recover", "dsnot"]["patterns"] == ["nm", "unstructured"]

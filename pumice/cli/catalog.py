@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pumice.core.registry import MethodInfo
+    from pumice.moe.recipes import Recipe as MoERecipe
     from pumice.recipe import Recipe
 
 RESULTS = Path("benchmarks", "results", "prune_quality.json")
@@ -50,10 +51,11 @@ def methods(
 def catalogue() -> list[dict[str, Any]]:
     """Recipes and registered methods as plain data, in one list."""
     from pumice.core import registry
+    from pumice.moe.recipes import recipes as moe_recipes
     from pumice.recipe import recipes
 
     measured = results()
-    rows = [_recipe_row(one, measured) for one in recipes()]
+    rows = [_recipe_row(one, measured) for one in recipes()] + [_moe_recipe_row(one) for one in moe_recipes()]
     return rows + [_method_row(info, measured) for info in registry.methods()]
 
 
@@ -93,6 +95,20 @@ def _recipe_row(recipe: Recipe, measured: list[Mapping[str, Any]] | None) -> dic
         "patterns": _accepted(**{axis: axes[axis] for axis in parts if axes.get(axis) is not None}),
         "options": {key: value for key, value in chosen.items() if value is not None},
         "measured": _measured(chosen, measured),
+    }
+
+
+def _moe_recipe_row(recipe: MoERecipe) -> dict[str, Any]:
+    return {
+        "family": "moe-recipe",
+        "name": recipe.name,
+        "summary": recipe.summary,
+        "key": recipe.key,
+        "paper": recipe.paper,
+        "needs": [],
+        "patterns": None,
+        "options": recipe.arguments,
+        "measured": None,
     }
 
 

@@ -26,7 +26,9 @@ class Option:
 
     def coerce(self, value: Any, owner: str) -> Any:
         """`value` as this option's type (text from the command line included); PumiceError when it is not one."""
-        if not isinstance(self.type, type) or (value is None and self.default is None):
+        if self.default is None and (value is None or (isinstance(value, str) and value.lower() == "none")):
+            return None
+        if not isinstance(self.type, type):
             return value
         try:
             if value is None:
@@ -197,6 +199,10 @@ class Family:
             raise PumiceError(unknown(self.name, name, self._members))
         return self._members[name]
 
+    def of(self, instance: Any) -> MethodInfo | None:
+        """The member whose class made `instance`, or None."""
+        return next((info for info in self.members() if info.obj is type(instance)), None)
+
     def members(self) -> list[MethodInfo]:
         self.discover()
         return [self._members[name] for name in sorted(self._members)]
@@ -231,14 +237,40 @@ shrink = Family("shrink", "pumice.prune.shrink")
 rewrite = Family("rewrite", "pumice.prune.rewrite", patterns=None)
 pattern = Family("pattern", "pumice.weights.patterns", grammar="")
 layout = Family("layout", "pumice.weights.layouts", storable=True)
-# gradient: what reaches the router's parameters ("weight": through combine weights, "loss": through losses only, "none").
-router = Family("router", "pumice.moe.route", gradient="weight", chance=False, candidates=False)
-# makes: the kind of plan; causal: whether a token's experts are independent of the other tokens of the batch.
-assign = Family(
-    "assign", "pumice.moe.assign", makes="plan", causal=True, balanced=False, chance=False, candidates=False
+# Facts of routers.
+#   gradient: how its parameters learn: "weight" (through combine weights), "loss" (only through losses), "none".
+#   columns: what its scores have columns for: "experts", "candidates" of each token, or "slots" of the experts.
+#   causal: a token's scores do not depend on other tokens. chance: it draws random numbers in training.
+#   trains: training changes its state or makes it compute something else than evaluation. forbids: sets `allowed_TE`.
+#   kind: the one kind of experts that it looks at, or None.
+router = Family(
+    "router",
+    "pumice.moe.route",
+    gradient="weight",
+    columns="experts",
+    causal=True,
+    chance=False,
+    trains=False,
+    forbids=False,
+    kind=None,
 )
-balance = Family("balance", "pumice.moe.balance", weight=0.01)
-experts = Family("experts", "pumice.moe.experts", merges=True)
+# Facts of assignments: as above, where columns and forbids say what it takes.
+#   makes: "plan", "dense" or "merge". balanced: loads are equal by construction.
+assign = Family(
+    "assign",
+    "pumice.moe.assign",
+    makes="plan",
+    columns=("experts",),
+    causal=True,
+    balanced=False,
+    chance=False,
+    trains=False,
+    forbids=True,
+)
+# weight: the loss's usual factor. router: the one router whose partial results it reads.
+balance = Family("balance", "pumice.moe.balance", weight=0.01, router=None)
+# merges: the parameters of several experts can be averaged. router: the one router that prepares its work, or None.
+experts = Family("experts", "pumice.moe.experts", merges=True, router=None)
 FAMILIES = {one.name: one for one in list(globals().values()) if isinstance(one, Family)}
 
 

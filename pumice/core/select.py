@@ -153,11 +153,14 @@ def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return scores.topk(k, dim=-1)
 
 
-def best_of_groups(priority_A: Tensor, group_A: Tensor, keep: int) -> Tensor:
-    """Mask [A] of the `keep` largest priorities within each group; earlier ones win at ties."""
+def best_of_groups(priority_A: Tensor, group_A: Tensor, keep: int | Tensor) -> Tensor:
+    """Mask [A] of the `keep` largest priorities within each group (a number for each, or one for all); earlier ones
+    win at ties.
+    """
     order_A = torch.argsort(priority_A, descending=True, stable=True)
     order_A = order_A[torch.argsort(group_A[order_A], stable=True)]
     sorted_A = group_A[order_A]
     place_A = torch.arange(group_A.shape[0], device=group_A.device)
     rank_A = place_A - torch.searchsorted(sorted_A, sorted_A)
-    return torch.empty_like(group_A, dtype=torch.bool).scatter_(0, order_A, rank_A < keep)
+    room = keep[sorted_A] if isinstance(keep, Tensor) else keep
+    return torch.empty_like(group_A, dtype=torch.bool).scatter_(0, order_A, rank_A < room)

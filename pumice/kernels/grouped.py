@@ -45,6 +45,8 @@ def _refuse_torch(call: Call) -> str | None:
     reason = limits(call, dtypes=(torch.float32, torch.bfloat16, torch.float16))
     if reason is not None:
         return reason
+    if call.rows == 0:
+        return "grouped_mm takes no empty matrices"
     step = 16 // call.dtype.itemsize
     if any(width % step for width in call.shape):
         return f"grouped_mm wants widths that are multiples of {step}, not {call.shape[0]} and {call.shape[1]}"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pumice.core import registry
 from pumice.core.errors import PumiceError
-from pumice.core.registry import Bound, Family
+from pumice.core.registry import Bound, Family, MethodInfo
 from pumice.moe.experts.base import Experts
 from pumice.moe.plan import AnyPlan, Plan
 from pumice.moe.route.base import Router
@@ -85,8 +85,9 @@ class MoE(nn.Module):
         self.router, self._router_bound = _make(registry.router, router, d_model, count)
         given = {name: value for name, value in (("top_k", top_k), ("capacity", capacity)) if value is not None}
         self.assign, self._assign_bound = _make(registry.assign, assign, d_model, count, given)
-        self._check(kind)
-        self.balance, self._weights = _make_balance(balance, self._fact("balanced"), d_model, count)
+        self._check()
+        router_name = self._router_bound.name if self._router_bound else None
+        self.balance, self._weights = _make_balance(balance, self._fact("balanced"), router_name, d_model, count)
         self.plan: AnyPlan | None = None
         self.register_buffer("seen_E", torch.zeros(count, dtype=torch.int64), persistent=False)
         self._warned = False
@@ -205,7 +206,7 @@ class MoE(nn.Module):
             return registry.assign.extras[name]
         return self._assign_bound.info.extras[name]
 
-    def _check(self, kind: Spec) -> None:
+    def _check(self) -> None:
         """Refuse what cannot work together."""
         name = self._assign_bound.name if self._assign_bound else "the assignment given"
         values = self._assign_bound.values if self._assign_bound else {}
@@ -215,16 +216,7 @@ class MoE(nn.Module):
             raise PumiceError(f"top_k={top_k} with experts={count}: a token can go to 1 to {count} of them.")
         if values.get("capacity") is not None and values["capacity"] <= 0:
             raise PumiceError(f"capacity={values['capacity']} must be above 0; leave it out to drop nothing.")
-        router = self._router_bound
-        if router is not None and router.info.extras["candidates"] and not self._fact("candidates"):
-            raise PumiceError(
-                f"router={router.name!r} offers each token candidates instead of all experts, and assign={name!r} needs "
-                "all: use token_choice."
-            )
-        kind_name = kind if isinstance(kind, str) else kind.get("name")
-        merging = self._fact("makes") == "merge" and isinstance(kind_name, str)
-        if merging and not registry.experts.get(str(kind_name)).extras["merges"]:
-            raise PumiceError(f"assign={name!r} averages experts, and those of kind={kind_name!r} differ in shape.")
+        _check_parts(self._router_bound, name, self._fact, registry.experts.of(self.experts))
 
     def __getstate__(self) -> dict[str, Any]:
         # A plan with gradients cannot be copied, and belongs to one forward pass only.
@@ -233,6 +225,31 @@ class MoE(nn.Module):
     def extra_repr(self) -> str:
         assign = self._assign_bound.describe() if self._assign_bound else self.assign
         return f"assign={assign}, by={self.by!r}"
+
+
+def _check_parts(router: Bound | None, assign: str, fact: Callable[[str], Any], kind: MethodInfo | None) -> None:
+    """Refuse a router, an assignment and experts that do not go together; what is not registered is the caller's."""
+    if kind is not None and fact("makes") == "merge" and not kind.extras["merges"]:
+        raise PumiceError(f"assign={assign!r} averages experts, and those of kind={kind.name!r} differ in shape.")
+    if router is None:
+        return
+    columns, forbids, wanted = (router.info.extras[name] for name in ("columns", "forbids", "kind"))
+    if columns not in fact("columns"):
+        takes = " or ".join(one.name for one in registry.assign.members() if columns in one.extras["columns"])
+        raise PumiceError(
+            f"router={router.name!r} scores {columns}, and assign={assign!r} takes {' or '.join(fact('columns'))}: "
+            f"use assign={takes}."
+        )
+    if forbids and not fact("forbids"):
+        raise PumiceError(f"router={router.name!r} forbids experts, and assign={assign!r} has to use them all.")
+    if kind is None:
+        return
+    if wanted not in (None, kind.name):
+        raise PumiceError(f"router={router.name!r} looks into experts of kind={wanted!r}, not {kind.name!r}.")
+    if kind.extras["router"] not in (None, router.name):
+        raise PumiceError(
+            f"kind={kind.name!r} runs on what router={kind.extras['router']!r} leaves, not {router.name!r}."
+        )
 
 
 def _make_experts(kind: Spec, d_model: int, d_ff: int, count: int) -> Experts:
@@ -262,7 +279,7 @@ def _make(
 
 
 def _make_balance(
-    spec: Any, balanced: bool, d_model: int, experts: int
+    spec: Any, balanced: bool, router: str | None, d_model: int, experts: int
 ) -> tuple[nn.ModuleList, list[tuple[str, float]]]:
     """The balance losses as modules, with names and weights."""
     if spec is None:
@@ -281,6 +298,11 @@ def _make_balance(
         weight = options.pop("weight", None)
         loss, bound = _make(registry.balance, options, d_model, experts)
         assert bound is not None
+        wanted = bound.info.extras["router"]
+        if wanted is not None and router not in (wanted, None):
+            raise PumiceError(
+                f"balance={bound.name!r} reads what router={wanted!r} leaves, and the router is {router!r}."
+            )
         losses.append(loss if isinstance(loss, nn.Module) else _Call(loss))
         weights.append((bound.name, float(bound.info.extras["weight"] if weight is None else weight)))
     return losses, weights

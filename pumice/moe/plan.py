@@ -2,7 +2,7 @@
 
 `Plan` sends tokens to experts, `DensePlan` mixes tokens into slots, `MergePlan` merges experts for groups of tokens.
 Each carries the routing that it came from, so that losses and statistics belong to the plan.
-Legend: T tokens, E experts, K experts of a token, A assignments (token, expert), S slots, G groups.
+Legend: T tokens, E experts, K experts of a token, A assignments (token, expert), S slots, G groups, L tokens of a group.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pumice.core import select
 from pumice.moe.routing import Routing
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class BasePlan:
     """What every plan has: its routing, its losses, and the numbers that say how well it uses the experts."""
 
@@ -115,7 +115,7 @@ class BasePlan:
         return {"routing": routing, "losses": {name: loss.detach() for name, loss in self.losses.items()}}
 
 
-@dataclass
+@dataclass(eq=False)
 class Plan(BasePlan):
     """Assignments of tokens to experts, sorted by expert, and within an expert by token.
 
@@ -241,6 +241,12 @@ class Plan(BasePlan):
             in_order=False,
         )
 
+    def renormalised(self) -> Plan:
+        """The plan with each token's weights divided by their sum."""
+        sum_T = self.weight_A.new_zeros(self.count).index_add(0, self.token_A, self.weight_A)
+        sum_T = sum_T.clamp_min(torch.finfo(self.weight_A.dtype).tiny)
+        return dataclasses.replace(self, weight_A=self.weight_A / sum_T[self.token_A])
+
     def limit(self, capacity: int, priority_A: Tensor) -> Plan:
         """At most `capacity` assignments an expert: those of the largest `priority_A`, earlier ones at ties."""
         return self.keep(select.best_of_groups(priority_A, self.expert_A, capacity))
@@ -250,21 +256,22 @@ class Plan(BasePlan):
         return dataclasses.replace(self, weight_A=self.weight_A.detach(), **self._plain())
 
 
-@dataclass
+@dataclass(eq=False)
 class DensePlan(BasePlan):
-    """Soft mixing: slot s gets `Σ_t dispatch_TS[t, s] x_t`, token t gets `Σ_s combine_TS[t, s] y_s`.
+    """Soft mixing within each of G equally long groups: slot s of group g gets `Σ_l dispatch_GLS[g, l, s] x_gl`, and
+    token l gets `Σ_s combine_GLS[g, l, s] y_gs`.
 
-    The S slots belong to the experts in order, S / E each.
+    T = G · L tokens in order. The S slots belong to the experts in order, S / E each.
     """
 
-    dispatch_TS: Tensor
-    combine_TS: Tensor
+    dispatch_GLS: Tensor
+    combine_GLS: Tensor
     count: int
     """Experts."""
 
     @property
     def tokens(self) -> int:
-        return self.dispatch_TS.shape[0]
+        return self.dispatch_GLS.shape[0] * self.dispatch_GLS.shape[1]
 
     @property
     def experts(self) -> int:
@@ -272,24 +279,37 @@ class DensePlan(BasePlan):
 
     @property
     def slots(self) -> int:
-        """Slots of each expert."""
-        return self.dispatch_TS.shape[1] // self.count
+        """Slots of each expert in each group."""
+        return self.dispatch_GLS.shape[2] // self.count
 
     @property
     def load_E(self) -> Tensor:
-        return self.dispatch_TS.detach().sum(0).view(self.count, -1).sum(1)
+        return self.dispatch_GLS.detach().sum((0, 1)).view(self.count, -1).sum(1)
 
     @property
     def importance_E(self) -> Tensor:
-        return self.combine_TS.sum(0).view(self.count, -1).sum(1)
+        return self.combine_GLS.sum((0, 1)).view(self.count, -1).sum(1)
+
+    def dispatch(self, x_TD: Tensor) -> Tensor:
+        """The slots' inputs, expert by expert: [E · G · S / E, D]."""
+        groups, length, _ = self.dispatch_GLS.shape
+        x_GLD = x_TD.view(groups, length, x_TD.shape[1])
+        slots_GSD = torch.einsum("gls,gld->gsd", self.dispatch_GLS.to(x_TD.dtype), x_GLD)
+        return slots_GSD.unflatten(1, (self.count, self.slots)).transpose(0, 1).flatten(0, 2)
+
+    def combine(self, y_SD: Tensor) -> Tensor:
+        """Back from the slots' outputs, in the order of `dispatch`, to [T, D]."""
+        groups = self.combine_GLS.shape[0]
+        y_GSD = y_SD.view(self.count, groups, self.slots, y_SD.shape[1]).transpose(0, 1).flatten(1, 2)
+        return torch.einsum("gls,gsd->gld", self.combine_GLS.to(y_SD.dtype), y_GSD).flatten(0, 1)
 
     def detach(self) -> DensePlan:
         """The same without gradients."""
-        parts = {"dispatch_TS": self.dispatch_TS.detach(), "combine_TS": self.combine_TS.detach()}
+        parts = {"dispatch_GLS": self.dispatch_GLS.detach(), "combine_GLS": self.combine_GLS.detach()}
         return dataclasses.replace(self, **parts, **self._plain())
 
 
-@dataclass
+@dataclass(eq=False)
 class MergePlan(BasePlan):
     """Soft merging: the tokens of group g run through one expert whose parameters are `Σ_e weight_GE[g, e] W_e`."""
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +16,11 @@ from torch import Tensor
 
 from pumice.core.errors import PumiceError
 
-_ambient: ContextVar[RouteContext | None] = ContextVar("pumice_route_context", default=None)
+# A plain list, since torch.compile cannot look into a ContextVar.
+_active: list[RouteContext] = []
 
 
-@dataclass
+@dataclass(eq=False)
 class RouteContext:
     """What a router, an assignment or a balance loss may know beyond the tokens' states; every field may be missing.
 
@@ -69,17 +69,20 @@ class RouteContext:
 
     @contextmanager
     def active(self) -> Iterator[RouteContext]:
-        """Every MoE layer that is called inside without a context of its own gets this one."""
-        token = _ambient.set(self)
+        """Every MoE layer that is called inside without a context of its own gets this one.
+
+        Where activations are recomputed in the backward pass, that pass has to run inside too.
+        """
+        _active.append(self)
         try:
             yield self
         finally:
-            _ambient.reset(token)
+            _active.pop()
 
     @staticmethod
     def current() -> RouteContext | None:
         """The active context, or None."""
-        return _ambient.get()
+        return _active[-1] if _active else None
 
     @property
     def segments(self) -> int:
@@ -109,12 +112,14 @@ class RouteContext:
         return dataclasses.replace(self, experts=experts, training=training, **flat)
 
 
-@dataclass
+@dataclass(eq=False)
 class Routing:
     """What a router says: for each token and expert a raw logit, a combine weight, and what selection compares.
 
-    Where `candidate_TC` is given the columns of all matrices are those C experts of each token instead of all E, so
-    that a router over very many experts never makes a matrix [T, E]; `experts` then says how many there are.
+    Columns are experts, unless the registry says otherwise of the router. "candidates": `candidate_TC` names the C
+    experts that each token's columns stand for, so that a router over very many experts never makes a matrix [T, E].
+    "slots": every expert has `slots` columns side by side. Where they are not experts, `experts` says how many there
+    are.
     """
 
     logits_TE: Tensor
@@ -132,13 +137,15 @@ class Routing:
     cache: dict[str, Any] = field(default_factory=dict)
     """Partial results that the experts may use again."""
     candidate_TC: Tensor | None = None
+    slots: int = 1
     experts: int = 0
 
     def __post_init__(self) -> None:
-        if not self.experts:
-            if self.candidate_TC is not None:
-                raise PumiceError("experts=0 beside candidate_TC: give Routing the number of experts.")
-            self.experts = self.logits_TE.shape[1]
+        if self.experts:
+            return
+        if self.candidate_TC is not None:
+            raise PumiceError("experts=0 beside candidate_TC: give Routing the number of experts.")
+        self.experts = self.logits_TE.shape[1] // self.slots
 
     @property
     def tokens(self) -> int:
@@ -159,9 +166,9 @@ class Routing:
         return weight_TE / weight_TE.sum(1, keepdim=True).clamp_min(torch.finfo(weight_TE.dtype).tiny)
 
     def per_expert(self, value_TE: Tensor) -> Tensor:
-        """Sum over tokens: [E], also where the columns are candidates."""
+        """Sum over tokens: [E], also where the columns are candidates or slots."""
         if self.candidate_TC is None:
-            return value_TE.sum(0)
+            return value_TE.sum(0).view(self.experts, self.slots).sum(1)
         return value_TE.new_zeros(self.experts).index_add(0, self.candidate_TC.flatten(), value_TE.flatten())
 
     def rows(self, index_T: Tensor) -> Routing:

@@ -15,7 +15,7 @@ from pumice.core.stream import Stream
 from pumice.core.view import find_views
 from pumice.engine.repair import repair
 from pumice.prune.repair.base import Clock, Job
-from pumice.prune.repair.objective import Objective
+from pumice.prune.repair.objective import Objective, guided_loss
 from pumice.prune.repair.perp import MaskedAdapter
 from tests import tiny
 
@@ -215,6 +215,39 @@ def test_features_vanish_at_the_dense_model():
         assert float(Objective(sparse, job, 0.0, 1.0, task=0.0)(batch)) > 0.01
         ours = Objective(sparse, job, 0.0, 0.0)(batch)
         torch.testing.assert_close(ours, sparse(**batch, labels=batch["input_ids"]).loss)
+
+
+@pytest.mark.parametrize("targets", ["some", "all", "none"])
+def test_guided_loss_is_cross_entropy_plus_divergence(targets):
+    generator = torch.Generator().manual_seed(0)
+    ours = torch.randn(7, 11, generator=generator, requires_grad=True)
+    theirs = torch.randn(7, 11, generator=generator)
+    target = torch.randint(0, 11, (7,), generator=generator)
+    target[: {"some": 3, "all": 0, "none": 7}[targets]] = -100
+    entropy = 0.0 if targets == "none" else torch.nn.functional.cross_entropy(ours, target)
+    wanted = 0.7 * entropy + 1.3 * torch.nn.functional.kl_div(
+        ours.log_softmax(1), theirs.log_softmax(1), log_target=True, reduction="batchmean"
+    )
+    found = guided_loss(ours, theirs, target, 0.7, 1.3)
+    torch.testing.assert_close(found, wanted)
+    (2 * found).backward()
+    gradient, ours.grad = ours.grad, None
+    (2 * wanted).backward()
+    torch.testing.assert_close(gradient, ours.grad)
+
+
+def test_a_share_of_the_positions_is_compared_and_the_mean_is_the_whole():
+    dense, sparse = pruned()
+    (batch,) = text_batches(1, 8)
+    job = Job(find_views(sparse), [batch], [batch], teacher=dense)
+    whole = float(Objective(sparse, job, 1.0, 0.0, 0.0)(batch).detach())
+    part = Objective(sparse, job, 1.0, 0.0, 0.0, 0.5)
+    # 8 positions, 4 at a time, all equally often: the mean converges to the whole.
+    found = torch.tensor([float(part(batch).detach()) for _ in range(400)])
+    assert found.std() > 0
+    assert found.mean() == pytest.approx(whole, abs=5 * float(found.std()) / 20)
+    with pytest.raises(PumiceError, match="logits=0"):
+        Objective(sparse, job, logits=0)
 
 
 def test_encoder_follows_the_teacher():

@@ -38,7 +38,7 @@ def limited(plan: Plan, capacity: float, k: int, order: str, rank_A: Tensor | No
     return plan.limit(room, first_A)
 
 
-@assign("token_choice", key="switch-transformer", paper="arXiv:2101.03961", candidates=True)
+@assign("token_choice", key="switch-transformer", paper="arXiv:2101.03961", columns=("experts", "candidates"))
 def token_choice(
     routing: Routing,
     context: RouteContext,

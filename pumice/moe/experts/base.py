@@ -44,9 +44,8 @@ class Experts(nn.Module):
 
     def forward(self, x_TD: Tensor, plan: AnyPlan) -> Tensor:
         if isinstance(plan, DensePlan):
-            slots_SD = plan.dispatch_TS.to(x_TD.dtype).t() @ x_TD
-            y_SD = self.compute(slots_SD, Plan.slots(plan.slots, self.experts, plan.combine_TS), self.weights())
-            return plan.combine_TS.to(y_SD.dtype) @ y_SD
+            slots = Plan.slots(plan.dispatch_GLS.shape[0] * plan.slots, self.experts, plan.combine_GLS)
+            return plan.combine(self.compute(plan.dispatch(x_TD), slots, self.weights()))
         if isinstance(plan, MergePlan):
             merged = {
                 name: torch.einsum("ge,e...->g...", plan.weight_GE.to(weight.dtype), weight)

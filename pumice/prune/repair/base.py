@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pumice.core.calls import call_model
@@ -25,7 +24,9 @@ from pumice.core.view import WeightView
 Loss = Callable[[nn.Module, Any], Tensor]
 
 CHECKS = 8
-"""How often the held-out loss is looked at during a training."""
+"""How often the held-out loss is looked at during a training, at most."""
+LOOKING = 0.1
+"""Share of a budget of minutes that may go into looking."""
 WARMUP = 0.05
 """Share of the budget over which the learning rate rises."""
 
@@ -173,17 +174,6 @@ def relative_error(ours: Tensor, theirs: Tensor) -> Tensor:
     return (ours - theirs).square().sum() / theirs.square().sum().clamp(min=1e-20)
 
 
-def divergence(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Mean KL(theirs ‖ ours) of logits [..., V], in nats."""
-    flat = ours.flatten(0, -2).float()
-    return F.kl_div(
-        F.log_softmax(flat, -1),
-        F.log_softmax(theirs.flatten(0, -2).float(), -1),
-        log_target=True,
-        reduction="batchmean",
-    )
-
-
 Objective = Callable[[Any], Tensor]
 
 
@@ -198,7 +188,7 @@ def train(
     batch: int,
     name: str,
 ) -> dict[str, Any]:
-    """AdamW on `parameters` until `steps` or the clock run out; the best of `CHECKS` held-out looks is what stays.
+    """AdamW on `parameters` until `steps` or the clock run out; the best of a few held-out looks is what stays.
 
     The learning rate rises over 5 % of the budget and falls linearly to zero; the budget is whichever of steps and
     minutes is further used up, so that a run with minutes depends on the machine's speed.
@@ -248,7 +238,12 @@ class _Training:
         self.order: list[int] = []
         self.losses: list[float] = []
         self.best: list[Tensor] = []
+        start = time.perf_counter()
         self.look()
+        self.checks = CHECKS
+        if job.clock.minutes is not None:
+            affordable = LOOKING * 60 * job.clock.minutes / max(time.perf_counter() - start, 1e-9)
+            self.checks = max(1, min(CHECKS, int(affordable)))
 
     def look(self) -> None:
         """Judge the model as it is by the held-out batches."""
@@ -269,8 +264,8 @@ class _Training:
                 step += 1
                 used = max(self.job.clock.used, step / steps)
                 shown.update(min(100, int(100 * used)) - shown.n)
-                if used * CHECKS >= looked + 1 or used >= 1:
-                    looked = int(used * CHECKS)
+                if used * self.checks >= looked + 1 or used >= 1:
+                    looked = int(used * self.checks)
                     self.look()
         return {"steps": step, "batches": step * self.batch, "held_out": self.losses}
 

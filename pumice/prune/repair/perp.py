@@ -52,6 +52,7 @@ def perp(
     distil: Annotated[
         float, "weight of the divergence from the dense model, where it is given, beside the task's loss"
     ] = 1.0,
+    logits: Annotated[float, "share of a window's positions whose logits are computed and compared"] = 1.0,
     steps: Annotated[int, "most optimizer steps"] = 100_000,
     batch: Annotated[int, "windows per step"] = 2,
 ) -> dict[str, Any]:
@@ -82,7 +83,14 @@ def perp(
         if not parameters:
             raise PumiceError(f"rank={rank}: the model has no biases or norms to train; give a rank of at least 1.")
         facts = train(
-            model, parameters, Objective(model, job, distil), job, lr=lr, steps=steps, batch=batch, name="perp"
+            model,
+            parameters,
+            Objective(model, job, distil, logits=logits),
+            job,
+            lr=lr,
+            steps=steps,
+            batch=batch,
+            name="perp",
         )
     finally:
         for module in wrapped:

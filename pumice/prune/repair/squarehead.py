@@ -22,6 +22,7 @@ def squarehead(
     features: Annotated[
         float, "weight of the relative distance from the dense model's features, summed over blocks"
     ] = 1.0,
+    logits: Annotated[float, "share of a window's positions whose logits are computed and compared"] = 1.0,
     steps: Annotated[int, "most optimizer steps"] = 100_000,
     batch: Annotated[int, "windows per step"] = 2,
 ) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def squarehead(
     job.need_teacher("squarehead")
     sparse = {id(view.tensor) for view in job.views}
     parameters = [p for p in model.parameters() if p.is_floating_point() and (id(p) in sparse or p.dim() == 1)]
-    objective = Objective(model, job, distil, features, task)
+    objective = Objective(model, job, distil, features, task, logits)
     facts = train(model, parameters, objective, job, lr=lr, steps=steps, batch=batch, name="squarehead")
     trained = sum(int(masked.mask.sum()) for masked in job.masks) + sum(p.numel() for p in parameters if p.dim() == 1)
     return {**facts, "trained": trained, "parameters": sum(p.numel() for p in model.parameters())}
