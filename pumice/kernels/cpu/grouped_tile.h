@@ -2,8 +2,8 @@
 //
 // A type `V` says how numbers are held: `Reg` of operands, `Sum` of sums, `hold`, which keeps a loaded operand in its
 // register (compilers would rather read it from cache again for every product), and
-//   rows mode (inputs side by side in w): kLanes inputs a Reg, tiles of kM outputs times kN rows of x, whose sums are
-//     added up across lanes at the end of a stretch of kStretch inputs;
+//   rows mode (inputs side by side in w): kLanes inputs a Reg, tiles of kM outputs times kN rows of x (kDirectM and
+//     kDirectN where w is not packed), whose sums are added up across lanes at the end of kStretch inputs;
 //   columns mode (outputs side by side in w): kWidth outputs a Sum, kStep inputs at a time, kCross Sums from one load,
 //     tiles of kV Sums times kR rows of x.
 // Few rows read w where it lies, each weight once from memory: the stream of weights sets the pace. More rows go in
@@ -25,12 +25,22 @@ namespace {
 constexpr int64_t kRowBlock = 128;     // rows of x whose part of a stretch stays in the second-level cache
 constexpr int64_t kColumnBlock = 128;  // columns of the result at a time
 constexpr int64_t kDirectRows = 8;     // up to so many rows w is not packed
+constexpr int64_t kFetchAhead = 1024;  // bytes of each row of w that are fetched before their use
 constexpr int64_t kSumsStride = 2 * kColumnBlock + 160;
 
 template <class T>
 inline void ask(const T* p) {
 #if defined(__SSE2__) || defined(_M_X64)
   _mm_prefetch((const char*)p, _MM_HINT_T0);
+#else
+  (void)p;
+#endif
+}
+
+template <class T>
+inline void ask_later(const T* p) {
+#if defined(__SSE2__) || defined(_M_X64)
+  _mm_prefetch((const char*)p, _MM_HINT_T1);
 #else
   (void)p;
 #endif
@@ -64,9 +74,9 @@ inline void put_sums(const typename V::Sum (*acc)[N], float* out, bool add) {
   }
 }
 
-// M rows of w where they lie times N rows of x; the weights `ahead` elements further on are fetched meanwhile.
+// M rows of w where they lie times N rows of x; the next tile begins `next` elements further on.
 template <class V, int M, int N>
-inline void dots(const Part<V>& p, const typename V::T* w, int64_t ahead, const typename V::T* const* x, float* out) {
+inline void dots(const Part<V>& p, const typename V::T* w, int64_t next, const typename V::T* const* x, float* out) {
   typename V::Sum acc[M][N];
   PUMICE_UNROLL
   for (int m = 0; m < M; ++m)
@@ -74,14 +84,17 @@ inline void dots(const Part<V>& p, const typename V::T* w, int64_t ahead, const 
     for (int n = 0; n < N; ++n) acc[m][n] = V::zero();
   const int64_t whole = p.I / V::kLanes * V::kLanes, stride = p.w_output;
   int64_t i = 0;
+  // Near the end of a row, what comes next is the beginning of the same row of the next tile.
+  const int64_t near = kFetchAhead / (int64_t)sizeof(typename V::T), turn = whole > near ? whole - near : 0;
   for (; i < whole; i += V::kLanes) {
     typename V::Reg v[N];
+    const int64_t soon = i < turn ? i + near : next + i - turn;
     PUMICE_UNROLL
     for (int n = 0; n < N; ++n) v[n] = V::load(x[n] + i);
     PUMICE_UNROLL
     for (int m = 0; m < M; ++m) {
       const typename V::T* at = w + m * stride + i;
-      if (ahead) ask(at + ahead);
+      ask(w + m * stride + soon);
       const typename V::Reg r = V::hold(V::load(at));
       PUMICE_UNROLL
       for (int n = 0; n < N; ++n) acc[m][n] = V::fma(acc[m][n], r, v[n]);
@@ -102,11 +115,11 @@ inline void dots(const Part<V>& p, const typename V::T* w, int64_t ahead, const 
 }
 
 template <class V, int M, int N>
-inline void dots_up_to(int n, const Part<V>& p, const typename V::T* w, int64_t ahead, const typename V::T* const* x,
+inline void dots_up_to(int n, const Part<V>& p, const typename V::T* w, int64_t next, const typename V::T* const* x,
                        float* out) {
   if constexpr (N > 0) {
-    if (n < N) return dots_up_to<V, M, N - 1>(n, p, w, ahead, x, out);
-    dots<V, M, N>(p, w, ahead, x, out);
+    if (n < N) return dots_up_to<V, M, N - 1>(n, p, w, next, x, out);
+    dots<V, M, N>(p, w, next, x, out);
   }
 }
 
@@ -115,21 +128,19 @@ inline int64_t even_pass(int64_t rows, int64_t most) {
   return passes ? (rows + passes - 1) / passes : 1;
 }
 
-template <class V>
+template <class V, int M, int N>
 inline void rows_direct(const Part<V>& p, int64_t o, int64_t count, float* sums) {
-  const int64_t pass = even_pass(p.rows, V::kN);
+  const int64_t pass = even_pass(p.rows, N);
   for (int64_t c = 0; c < count;) {
     const typename V::T* w = p.w + (o + c) * p.w_output;
-    const int m = count - c >= V::kM ? V::kM : 1;
+    const int m = count - c >= M ? M : 1;
     for (int64_t r = 0; r < p.rows; r += pass) {
       const int n = (int)(p.rows - r < pass ? p.rows - r : pass);
-      // The first pass fetches what the next tile needs; the others find this one in cache.
-      const int64_t ahead = r == 0 ? m * p.w_output : 0;
       float* out = sums + r * kSumsStride + c;
       if (m > 1)
-        dots_up_to<V, V::kM, V::kN>(n, p, w, ahead, p.x + r, out);
+        dots_up_to<V, M, N>(n, p, w, m * p.w_output, p.x + r, out);
       else
-        dots_up_to<V, 1, V::kN>(n, p, w, ahead, p.x + r, out);
+        dots_up_to<V, 1, N>(n, p, w, m * p.w_output, p.x + r, out);
     }
     c += m;
   }
@@ -196,7 +207,12 @@ inline void rows_packed(const Part<V>& p, int64_t o, int64_t count, float* sums)
       const int there = (int)(count - c < V::kM ? count - c : V::kM);
       const T* w = p.w + (o + c) * p.w_output;
       pack<V>([&](int m) { return w + m * p.w_output; }, V::kM, there, i, n, p.w_pack);
+      // Memory works on the next tile while this one is multiplied.
+      const int64_t line = 64 / (int64_t)sizeof(T), lines = (n + line - 1) / line, share = lines * pass / p.rows + 1;
+      int64_t next = 0;
       for (int64_t r = 0; r < p.rows; r += pass) {
+        for (const int64_t stop = next + share < lines ? next + share : lines; next < stop; ++next)
+          for (int m = 0; m < V::kM; ++m) ask_later(w + (V::kM + m) * p.w_output + next * line);
         const int width = (int)(p.rows - r < pass ? p.rows - r : pass);
         packed_dots_up_to<V, V::kN>(width, p.w_pack, p.x_pack + r * steps, steps, sums + r * kSumsStride + c, i > 0);
       }
@@ -300,8 +316,10 @@ inline void columns_packed(const Part<V>& p, int64_t o, int64_t count, float* su
 template <class V>
 inline void product(const Part<V>& p, int64_t o, int64_t count, float* sums) {
   const bool direct = p.rows <= kDirectRows;
-  if (p.w_input == 1 && direct)
-    rows_direct<V>(p, o, count, sums);
+  if (p.w_input == 1 && p.rows <= V::kN)  // more streams of weights are faster, as long as the sums fit the registers
+    rows_direct<V, V::kM, V::kN>(p, o, count, sums);
+  else if (p.w_input == 1 && direct)
+    rows_direct<V, V::kDirectM, V::kDirectN>(p, o, count, sums);
   else if (p.w_input == 1)
     rows_packed<V>(p, o, count, sums);
   else if (direct)

@@ -95,7 +95,7 @@ struct Floats {
   };
   typedef Reg Sum;
   static constexpr int64_t kLanes = 8, kStretch = 512;
-  static constexpr int kM = 2, kN = 2, kWidth = 8, kStep = 1, kCross = 1, kV = 2, kR = 2;
+  static constexpr int kM = 2, kN = 2, kDirectM = 2, kDirectN = 2, kWidth = 8, kStep = 1, kCross = 1, kV = 2, kR = 2;
 
   static Reg zero() { return Reg{}; }
   static Reg none() { return Reg{}; }
