@@ -40,15 +40,15 @@ SHAPES = {
     "fine": {"experts": 64, "top_k": 8, "d": 1024, "ff": 512},
 }
 PARTS: dict[str, tuple[str, torch.dtype, tuple[int, ...], int]] = {
-    "fp32-few": ("mixtral", torch.float32, (1, 16), 25),
-    "bf16-few": ("mixtral", torch.bfloat16, (1, 16), 41),
-    "fp32-256": ("mixtral", torch.float32, (256,), 9),
-    "bf16-256": ("mixtral", torch.bfloat16, (256,), 15),
-    "fp32-2048": ("mixtral", torch.float32, (2048,), 5),
-    "bf16-2048": ("mixtral", torch.bfloat16, (2048,), 7),
-    "fine": ("fine", torch.bfloat16, (16, 256), 15),
-    "train-fp32": ("mixtral", torch.float32, (2048,), 3),
-    "train-bf16": ("mixtral", torch.bfloat16, (2048,), 3),
+    "fp32-few": ("mixtral", torch.float32, (1, 16), 9),
+    "bf16-few": ("mixtral", torch.bfloat16, (1, 16), 11),
+    "fp32-256": ("mixtral", torch.float32, (256,), 7),
+    "bf16-256": ("mixtral", torch.bfloat16, (256,), 9),
+    "fp32-2048": ("mixtral", torch.float32, (2048,), 3),
+    "bf16-2048": ("mixtral", torch.bfloat16, (2048,), 3),
+    "fine": ("fine", torch.bfloat16, (16, 256), 7),
+    "train-fp32": ("mixtral", torch.float32, (2048,), 2),
+    "train-bf16": ("mixtral", torch.bfloat16, (2048,), 2),
 }
 Layer = tuple[MixtralExperts, Tensor, Tensor]
 """Experts, and the dense MLP's matrices [2 k ff, d] and [d, k ff]."""

@@ -159,3 +159,22 @@ def test_packed_weights_are_refused_by_name():
     experts.down_proj = torch.nn.Parameter(torch.zeros(4, 32, 48, dtype=torch.int8), requires_grad=False)
     with pytest.raises(PumiceError, match="down_proj"):
         moe.ALL_EXPERTS_FUNCTIONS["pumice"](experts, torch.randn(2, 32), torch.zeros(2, 1).long(), torch.ones(2, 1))
+
+
+@pytest.mark.parametrize("layout", [None, "bitmask", "csr"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_packed_experts_of_a_model_give_its_logits(name, layout):
+    from pumice.moe.hf import pack_experts
+
+    model = tiny(name)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith(("gate_up_proj", "down_proj")):
+                parameter.mul_(torch.rand(parameter.shape) < 0.3)
+        ids = torch.randint(1, 64, (2, 5))
+        dense = model(ids).logits
+        assert pack_experts(model, layout=layout) == 2
+        torch.testing.assert_close(model(ids).logits, dense, rtol=1e-4, atol=1e-4)
+    stored = [m.packed.layout for m in model.modules() if type(m).__name__ == "SparseLinear"]
+    assert len(stored) == 2 * 2 * 4
+    assert set(stored) == {layout or "bitmask"}

@@ -10,11 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from pumice.core.activation import ACTIVATIONS, activate
 from pumice.core.errors import PumiceError
+from pumice.moe.experts.packed import PackedExperts
 from pumice.moe.grouped import expert_mlp, grouped_linear
 from pumice.moe.plan import Plan
 
@@ -110,6 +111,39 @@ def _forms(module: Any) -> list[Form]:
     bounds = [("clamped_swish", float(alpha), float(limit))] if clamped else []
     plain = [(act, 0.0, 0.0) for act in ACTIVATIONS]
     return [(act, gate, a, b) for gate in ("halves", "pairs") for act, a, b in (*plain, *bounds)]
+
+
+class PackedLayer(nn.Module):
+    """An expert layer of Transformers with sparse weights, in the place of the dense one."""
+
+    def __init__(self, experts: PackedExperts) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return self.experts(hidden_states, Plan.top_k(top_k_index, top_k_weights, self.experts.experts))
+
+
+def pack_experts(model: nn.Module, *, layout: str | None = None, **params: int) -> int:
+    """Put `PackedLayer` in the place of every expert layer of a Transformers model; how many there were.
+
+    Each matrix is stored in the given layout, or in the smallest that fits it.
+
+    Raises:
+        PumiceError: a layer whose gate is one of its own, or a matrix that the layout refuses.
+    """
+    found = [(name, module) for name, module in model.named_modules() if hasattr(module, "_is_expert_parallel")]
+    for name, module in found:
+        form = None if module.has_post_expert_norm else known_form(module)
+        if form is None:
+            raise PumiceError(f"{name} has a gate or a norm of its own, which packed experts do not know: keep it dense.")
+        up = "gate_up_proj" if module.has_gate else "up_proj"
+        biases = (getattr(module, f"{up}_bias"), module.down_proj_bias) if module.has_bias else (None, None)
+        packed = PackedExperts.pack(
+            _matrix(module, up), _matrix(module, "down_proj"), form, biases=biases, layout=layout, **params
+        )
+        model.set_submodule(name, PackedLayer(packed))
+    return len(found)
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
