@@ -50,8 +50,8 @@ PARTS: dict[str, tuple[str, torch.dtype, tuple[int, ...], int]] = {
     "train-fp32": ("mixtral", torch.float32, (2048,), 2),
     "train-bf16": ("mixtral", torch.bfloat16, (2048,), 2),
 }
-Layer = tuple[MixtralExperts, Tensor, Tensor]
-"""Experts, and the dense MLP's matrices [2 k ff, d] and [d, k ff]."""
+Layer = tuple[Any, Tensor, Tensor]
+"""MixtralExperts, and the dense MLP's matrices [2 k ff, d] and [d, k ff]."""
 
 
 def make_layers(shape: dict[str, int], dtype: torch.dtype) -> list[Layer]:

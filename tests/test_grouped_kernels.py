@@ -149,3 +149,19 @@ def test_expert_mlp_compiles_to_one_graph():
     torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x))
     args = (x, up, down, None, None, offsets_E1, token_A, scale_A, "silu", "halves", 0.0, 0.0)
     torch.library.opcheck(torch.ops.pumice.expert_mlp.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_large_groups_of_bf16_are_left_to_amx(monkeypatch):
+    class WithAmx:
+        @staticmethod
+        def features():
+            return ["amx_bf16"]
+
+    monkeypatch.setattr(grouped_cpu, "native", WithAmx)
+    for rows, dtype, refused in (
+        (16, torch.bfloat16, False),
+        (4096, torch.bfloat16, True),
+        (4096, torch.float32, False),
+    ):
+        reason = grouped_cpu.refuse(Call("grouped_linear", "dense", dtype, "cpu", rows, (8, 8), {"experts": 8}))
+        assert bool(reason and "AMX" in reason) == refused

@@ -82,7 +82,9 @@ def test_logits_and_gradients_are_those_of_eager(name):
         torch.testing.assert_close(gradients_ours[key], gradient, rtol=1e-3, atol=1e-4 * scale + 1e-7)
     for length in (1, 11):
         with torch.no_grad():
-            torch.testing.assert_close(ours(ids[:, :length]).logits, model(ids[:, :length]).logits, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                ours(ids[:, :length]).logits, model(ids[:, :length]).logits, rtol=1e-4, atol=1e-4
+            )
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -25,7 +25,9 @@ def test_a_layer_runs_from_packed_experts(kind, layout):
     gradient, x.grad = x.grad.clone(), None
     packed = PackedExperts.of(layer.experts, layout=layout)
     if layout != "dense":
-        assert packed.nbytes < sum(p.nbytes for p in layer.experts.parameters() if p.dim() == 3) / 2 * (1 + (layout == "csr"))
+        assert packed.nbytes < sum(p.nbytes for p in layer.experts.parameters() if p.dim() == 3) / 2 * (
+            1 + (layout == "csr")
+        )
     layer.experts = packed
     sparse = layer(x)
     torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-4)

@@ -36,6 +36,8 @@ class Finish:
 
 
 PLAIN = Finish()
+AMX_ROWS = 32
+"""Rows an expert from which bf16 is left to oneDNN where the CPU has AMX; not measured, as no such CPU was at hand."""
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -91,7 +93,13 @@ def stage(
 
 def refuse(call: Call) -> str | None:
     """Why the C++ kernels will not run a grouped product, or None."""
-    return limits(call, devices=("cpu",), dtypes=PRODUCTS) or missing()
+    reason = limits(call, devices=("cpu",), dtypes=PRODUCTS) or missing()
+    if reason is not None or call.dtype is not torch.bfloat16 or "amx_bf16" not in native.features():
+        return reason
+    rows = call.rows // max(call.params["experts"], 1)
+    if rows < AMX_ROWS:
+        return None
+    return f"{rows} rows an expert on a CPU with AMX: oneDNN multiplies them by tiles, these kernels do not"
 
 
 def _prepare(weight_EOI: Any, bias_EO: Tensor | None) -> Run:

@@ -107,8 +107,9 @@ def _forms(module: Any) -> list[Form]:
         return [(act, "none", 0.0, 0.0) for act in ACTIVATIONS]
     alpha = getattr(module, "alpha", getattr(module, "swiglu_alpha", None))
     limit = getattr(module, "limit", getattr(module, "swiglu_limit", None))
-    clamped = isinstance(alpha, float | int) and isinstance(limit, float | int)
-    bounds = [("clamped_swish", float(alpha), float(limit))] if clamped else []
+    bounds = []
+    if isinstance(alpha, float | int) and isinstance(limit, float | int):
+        bounds.append(("clamped_swish", float(alpha), float(limit)))
     plain = [(act, 0.0, 0.0) for act in ACTIVATIONS]
     return [(act, gate, a, b) for gate in ("halves", "pairs") for act, a, b in (*plain, *bounds)]
 
@@ -132,11 +133,14 @@ def pack_experts(model: nn.Module, *, layout: str | None = None, **params: int) 
     Raises:
         PumiceError: a layer whose gate is one of its own, or a matrix that the layout refuses.
     """
-    found = [(name, module) for name, module in model.named_modules() if hasattr(module, "_is_expert_parallel")]
+    layers: list[tuple[str, Any]] = list(model.named_modules())
+    found = [(name, module) for name, module in layers if hasattr(module, "_is_expert_parallel")]
     for name, module in found:
         form = None if module.has_post_expert_norm else known_form(module)
         if form is None:
-            raise PumiceError(f"{name} has a gate or a norm of its own, which packed experts do not know: keep it dense.")
+            raise PumiceError(
+                f"{name} has a gate or a norm of its own, which packed experts do not know: keep it dense."
+            )
         up = "gate_up_proj" if module.has_gate else "up_proj"
         biases = (getattr(module, f"{up}_bias"), module.down_proj_bias) if module.has_bias else (None, None)
         packed = PackedExperts.pack(

@@ -54,7 +54,7 @@ class PackedExperts(Experts):
         """
 
         def one(w_OI: Tensor) -> Packed:
-            return pack_smallest(w_OI) if layout is None else pack(w_OI, layout, **params)
+            return pack_smallest(w_OI) if layout is None else pack(w_OI, layout, grid=None, **params)
 
         def layers(weight_EOI: Tensor, bias_EO: Tensor | None) -> list[SparseLinear]:
             return [
@@ -76,7 +76,7 @@ class PackedExperts(Experts):
         gate, name = ("halves", "gate_up_proj") if isinstance(experts, SwiGLU) else ("none", "up_proj")
         weights = experts.weights()
         biases = weights.get(f"{name}_bias"), weights.get("down_proj_bias")
-        form = (experts.activation, gate, 0.0, 0.0)
+        form = (str(experts.activation), gate, 0.0, 0.0)
         return cls.pack(weights[name], weights["down_proj"], form, biases=biases, layout=layout, **params)
 
     @property
