@@ -144,7 +144,7 @@ def get(op: str, layout: str, name: str) -> Backend:
     return found[name]
 
 
-def traced(op: str, packed: Stored | Tensor, bias: Tensor | None, x: Tensor, *more: Any) -> Tensor:
+def traced(op: str, packed: Any, bias: Tensor | None, x: Tensor, *more: Any) -> Tensor:
     """`op` by operators that torch.compile, torch.export and autograd see; slower to call than a prepared backend."""
     if op not in _traced:
         discover()

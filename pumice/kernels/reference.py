@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pumice.core import registry
+from pumice.core import activation, registry
 
 if TYPE_CHECKING:
     from pumice.weights.layouts.base import Packed
@@ -110,3 +110,19 @@ def grouped_outer(g: Tensor, x: Tensor, offsets_E1: Tensor, g_rows_A: Tensor | N
         x_nI = x[start:end] if x_rows_A is None else x[x_rows_A[start:end]]
         torch.mm(g_nO.t(), x_nI, out=out_EOI[expert])
     return out_EOI
+
+
+def expert_mlp(
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    offsets_E1: Tensor,
+    token_A: Tensor | None = None,
+    scale_A: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    form: tuple[str, str, float, float] = ("silu", "halves", 0.0, 0.0),
+) -> Tensor:
+    """`Σ_a scale_a (act(x W_up^T + b) W_down^T + b')` over each token's assignments; one by one without `token_A`."""
+    hidden = activation.activate(grouped_linear(x, up, offsets_E1, up_bias, token_A), *form)
+    return grouped_linear(hidden, down, offsets_E1, down_bias, None, token_A, scale_A, x.shape[0])

@@ -1,6 +1,6 @@
-"""One linear map for each expert, run by a plan: the only way from `pumice.moe` to the kernels.
+"""One linear map, or a whole perceptron, for each expert, run by a plan: the only way from `pumice.moe` to the kernels.
 
-Legend: T tokens, E experts, O outputs, I inputs, A assignments.
+Legend: T tokens, E experts, O outputs, I inputs, A assignments; of whole experts D model width, F hidden width.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pumice.core import dispatch
+from pumice.core.activation import activate
 from pumice.core.errors import PumiceError
 from pumice.moe.plan import Plan
 
@@ -64,3 +65,50 @@ def _run(x: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, more: tuple[Any,
         {"experts": weight_EOI.shape[0]},
     )
     return dispatch.choose(call).prepare(weight_EOI.detach(), None if bias_EO is None else bias_EO.detach())(x, *more)
+
+
+def expert_mlp(
+    x_TD: Tensor,
+    up: Tensor,
+    down: Tensor,
+    plan: Plan,
+    *,
+    biases: tuple[Tensor | None, Tensor | None] = (None, None),
+    act: str = "silu",
+    gate: str = "halves",
+    bounds: tuple[float, float] = (1.702, 7.0),
+) -> Tensor:
+    """Every expert's perceptron for its tokens, summed with the plan's weights: y_TD.
+
+    Without gradients this is one op, whose hidden layer is activated where it is made; with them, or where the plan
+    taps the hidden layer, it is two `grouped_linear`.
+
+    Args:
+        up: [E, 2F, D], or [E, F, D] with `gate="none"`; any strides.
+        down: [E, D, F].
+        biases: Of `up` and `down`, each [E, outputs] or None.
+        act: silu, gelu, gelu_tanh, relu, relu2, sigmoid or clamped_swish (`pumice.core.activation`).
+        gate: "halves", "pairs" or "none": where the gates lie in `up`.
+        bounds: Alpha and limit of clamped_swish.
+
+    Raises:
+        PumiceError: another number of experts than the plan has, or mixed dtypes.
+    """
+    tensors = [x_TD, up, down, plan.weight_A, *(bias for bias in biases if bias is not None)]
+    train = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if train or plan.tap is not None or torch.is_autocast_enabled(x_TD.device.type):
+        both = plan.tapped(grouped_linear(x_TD, up, plan, bias_EO=biases[0], gather=True, scatter=False))
+        hidden = activate(both, act, gate, *bounds)
+        return grouped_linear(hidden, down, plan, bias_EO=biases[1], gather=False, scatter=True)
+    if not up.shape[0] == down.shape[0] == plan.experts:
+        raise PumiceError(f"the weights have {up.shape[0]} experts and the plan {plan.experts}: make them equal.")
+    if not x_TD.dtype == up.dtype == down.dtype:
+        raise PumiceError(f"x is {x_TD.dtype} and the experts are {up.dtype}: convert one of them.")
+    moved = (None, None) if plan.in_order else (plan.token_A, plan.weight_A)
+    state = (up.detach(), down.detach(), (act, gate, *bounds))
+    more = (plan.offsets_E1, *moved, *(None if bias is None else bias.detach() for bias in biases))
+    if torch.compiler.is_compiling():
+        return dispatch.traced("expert_mlp", state, None, x_TD, *more)
+    shape, params = (down.shape[2], down.shape[1]), {"experts": plan.experts}
+    call = dispatch.Call("expert_mlp", "dense", x_TD.dtype, str(x_TD.device), plan.token_A.shape[0], shape, params)
+    return dispatch.choose(call).prepare(state, None)(x_TD, *more)

@@ -12,6 +12,7 @@
 
 #include "driver.h"
 #include "coded.h"
+#include "grouped_tile.h"
 
 namespace pumice {
 namespace {
@@ -174,9 +175,44 @@ const Kernels table = {"avx2",
                        {coded_product<Coded, BF16>, coded_product<Coded, float>},
                        {coded_expand<BF16>, coded_expand<float>}};
 
+// Grouped products in fp32, eight sums a register.
+template <class Value>
+struct Floats256 {
+  typedef Value T;
+  typedef __m256 Reg;
+  typedef __m256 Sum;
+  static constexpr int64_t kLanes = 8, kStretch = 512;
+  static constexpr int kM = 4, kN = 3, kDirectM = 4, kDirectN = 3, kWidth = 8, kStep = 1, kCross = 1, kV = 2, kR = 4;
+
+  static Sum zero() { return _mm256_setzero_ps(); }
+  static Reg none() { return _mm256_setzero_ps(); }
+  static Reg load(const T* p) { return load8(p); }
+  static Reg load(const T* p, int64_t n) {
+    T some[8] = {};
+    if (n > 0) memcpy(some, p, sizeof(T) * (size_t)(n < 8 ? n : 8));
+    return load8(some);
+  }
+  static Sum fma(Sum s, Reg w, Reg x) { return _mm256_fmadd_ps(w, x, s); }
+  static Reg hold(Reg r) { return r; }
+  static Reg spread(const T* x, int) { return _mm256_set1_ps(widen(*x)); }
+  static inline void cross(const T* w, int64_t, int, int64_t outputs, Reg* out) {
+    out[0] = outputs >= 8 ? load8(w) : load(w, outputs);
+  }
+  template <int M>
+  static inline void reduce(const Sum* s, float* out) {
+    for (int m = 0; m < M; ++m) out[m] = sum(s[m]);
+  }
+  static inline void put(float* out, Sum s, bool add) {
+    _mm256_storeu_ps(out, add ? _mm256_add_ps(_mm256_loadu_ps(out), s) : s);
+  }
+};
+
+const StagePiece stages[] = {stage_columns<Floats256<BF16>>, stage_columns<Floats256<float>>};
+
 }  // namespace
 
 const Kernels* avx2_kernels() { return &table; }
+const StagePiece* avx2_stages() { return stages; }
 
 }  // namespace pumice
 
@@ -186,8 +222,11 @@ const Kernels* avx2_kernels() { return &table; }
 
 #else
 
+#include "grouped.h"
+
 namespace pumice {
 const Kernels* avx2_kernels() { return nullptr; }
+const StagePiece* avx2_stages() { return nullptr; }
 }  // namespace pumice
 
 #endif

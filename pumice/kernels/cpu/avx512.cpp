@@ -14,6 +14,7 @@
 #include "avx512_fp32.h"
 #include "coded.h"
 #include "avx512_coded.h"
+#include "avx512_grouped.h"
 
 namespace pumice {
 namespace {
@@ -47,9 +48,12 @@ const Kernels table = {"avx512",
                        {coded_product<CodedFp32, BF16>, coded_product<CodedFp32, float>},
                        {coded_expand<BF16>, coded_expand<float>}};
 
+const StagePiece stages[] = {stage_columns<Floats512<BF16>>, stage_columns<Floats512<float>>};
+
 }  // namespace
 
 const Kernels* avx512_kernels() { return &table; }
+const StagePiece* avx512_stages() { return stages; }
 
 }  // namespace pumice
 
@@ -59,8 +63,11 @@ const Kernels* avx512_kernels() { return &table; }
 
 #else
 
+#include "grouped.h"
+
 namespace pumice {
 const Kernels* avx512_kernels() { return nullptr; }
+const StagePiece* avx512_stages() { return nullptr; }
 }  // namespace pumice
 
 #endif

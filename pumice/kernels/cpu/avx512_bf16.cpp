@@ -17,6 +17,7 @@
 #include "avx512_fp32.h"
 #include "coded.h"
 #include "avx512_coded.h"
+#include "avx512_grouped.h"
 
 namespace pumice {
 namespace {
@@ -303,9 +304,48 @@ const Kernels table = {"avx512_bf16",
                        {coded_product<CodedBf16, BF16>, coded_product<CodedFp32, float>},
                        {coded_expand<BF16>, coded_expand<float>}};
 
+// bf16 in pairs, multiplied and added to fp32 by one instruction.
+struct Pairs512 : Sums512 {
+  typedef BF16 T;
+  typedef __m512i Reg;
+  static constexpr int64_t kLanes = 32, kStretch = 1024;
+  static constexpr int kStep = 2, kCross = 2;
+
+  static inline __mmask32 first32(int64_t n) {
+    return n >= 32 ? 0xffffffffu : n > 0 ? (__mmask32)((1u << n) - 1) : 0;
+  }
+  static Reg none() { return _mm512_setzero_si512(); }
+  static Reg load(const T* p) { return _mm512_loadu_si512(p); }
+  static Reg load(const T* p, int64_t n) { return _mm512_maskz_loadu_epi16(first32(n), p); }
+  static Sum fma(Sum s, Reg w, Reg x) { return _mm512_dpbf16_ps(s, pairs(w), pairs(x)); }
+  static Reg hold(Reg r) { return in_register(r); }
+  static Reg spread(const T* x, int left) {
+    uint32_t two = 0;
+    if (left == kStep)
+      memcpy(&two, x, 4);
+    else
+      two = x->bits;
+    return _mm512_set1_epi32((int)two);
+  }
+  // Two rows of w to pairs of one output each, sixteen outputs a register.
+  static inline void cross(const T* w, int64_t stride, int left, int64_t outputs, Reg* out) {
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    const bool whole = outputs >= 32;
+    const __m512i a = whole ? load(w) : load(w, outputs);
+    const __m512i b = left < kStep ? none() : whole ? load(w + stride) : load(w + stride, outputs);
+    out[0] = _mm512_permutex2var_epi16(a, low, b);
+    out[1] = _mm512_permutex2var_epi16(a, high, b);
+  }
+};
+
+const StagePiece stages[] = {stage_columns<Pairs512>, stage_columns<Floats512<float>>};
+
 }  // namespace
 
 const Kernels* avx512_bf16_kernels() { return &table; }
+const StagePiece* avx512_bf16_stages() { return stages; }
 
 }  // namespace pumice
 
@@ -315,8 +355,11 @@ const Kernels* avx512_bf16_kernels() { return &table; }
 
 #else
 
+#include "grouped.h"
+
 namespace pumice {
 const Kernels* avx512_bf16_kernels() { return nullptr; }
+const StagePiece* avx512_bf16_stages() { return nullptr; }
 }  // namespace pumice
 
 #endif

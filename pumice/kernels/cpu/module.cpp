@@ -9,6 +9,7 @@
 #include "attention.h"
 #include "features.h"
 #include "gram.h"
+#include "grouped.h"
 #include "kernels.h"
 #include "threads.h"
 
@@ -18,20 +19,22 @@ namespace {
 const int64_t kWorkPerThread = 128 * 1024;  // bytes of stored weights below which another thread costs more than it gives
 
 const Kernels* active = nullptr;
+const StagePiece* active_stages = nullptr;
 
 struct Choice {
   const char* name;
   const Kernels* (*kernels)();
+  const StagePiece* (*stages)();
   const char* needs[8];
 };
 
 const Choice choices[] = {
     {"avx512_bf16",
-     avx512_bf16_kernels,
+     avx512_bf16_kernels, avx512_bf16_stages,
      {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vbmi2", "avx512_bf16", "bmi2", nullptr}},
-    {"avx512", avx512_kernels, {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "bmi2", nullptr}},
-    {"avx2", avx2_kernels, {"avx2", "fma", "popcnt", "bmi2", nullptr}},
-    {"portable", portable_kernels, {nullptr}},
+    {"avx512", avx512_kernels, avx512_stages, {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "bmi2", nullptr}},
+    {"avx2", avx2_kernels, avx2_stages, {"avx2", "fma", "popcnt", "bmi2", nullptr}},
+    {"portable", portable_kernels, portable_stages, {nullptr}},
 };
 
 // Null, or the first feature that is missing; "code" where this build lacks the kernels.
@@ -351,6 +354,37 @@ PyObject* attention_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyBool_FromLong(result == 0);
 }
 
+// stage(x, x_rows, x_stride, gather or 0, offsets, E, I, w, w_expert, w_output, w_input, bias or 0, columns, first, step,
+// finish, act, alpha and limit in millionths, scale or 0, scatter or 0, y, rows, assignments, dtype, threads)
+PyObject* stage_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long v[26];
+  if (!integers(args, count, 26, v)) return nullptr;
+  Stage s = {};
+  s.x = address<void>(v[0]), s.x_stride = v[2], s.gather = address<int64_t>(v[3]), s.offsets = address<int64_t>(v[4]);
+  s.E = v[5], s.I = v[6], s.w = address<void>(v[7]), s.w_expert = v[8], s.w_output = v[9], s.w_input = v[10];
+  s.bias = address<void>(v[11]), s.columns = v[12], s.first = v[13], s.step = v[14], s.finish = (int)v[15];
+  s.act = (int)v[16], s.alpha = (float)((double)v[17] * 1e-6), s.limit = (float)((double)v[18] * 1e-6);
+  s.scale = address<float>(v[19]), s.scatter = address<int64_t>(v[20]), s.y = (void*)(intptr_t)v[21], s.rows = v[22];
+  s.dtype = (int)v[24];
+  const int64_t A = v[23], x_rows = v[1];
+  bool fits = s.E >= 0 && s.dtype >= 0 && s.dtype <= kF32 && s.offsets[0] == 0 && s.offsets[s.E] == A &&
+              (s.w_output == 1 || s.w_input == 1) && (s.gather || A <= x_rows) && s.step >= 1 && s.step <= 2 &&
+              (s.finish == kScatter) == (s.scatter != nullptr);
+  for (int64_t e = 0; fits && e < s.E; ++e) fits = s.offsets[e] <= s.offsets[e + 1];
+  for (int64_t a = 0; fits && s.gather && a < A; ++a) fits = s.gather[a] >= 0 && s.gather[a] < x_rows;
+  for (int64_t a = 0; fits && s.scatter && a < A; ++a) fits = s.scatter[a] >= 0 && s.scatter[a] < s.rows;
+  if (!fits) {
+    PyErr_SetString(PyExc_ValueError, "the plan does not fit the tensors");
+    return nullptr;
+  }
+  bool enough;
+  Py_BEGIN_ALLOW_THREADS
+  enough = run_stage(s, active_stages[s.dtype], v[25]);
+  Py_END_ALLOW_THREADS
+  if (!enough) return PyErr_NoMemory();
+  Py_RETURN_NONE;
+}
+
 // features() -> what the CPU has, as a list of names
 PyObject* features(PyObject*, PyObject*) {
   const char* names[kMostFeatures];
@@ -382,15 +416,15 @@ PyObject* force(PyObject*, PyObject* name) {
   PyObject* bytes = name == Py_None ? nullptr : PyUnicode_AsUTF8String(name);
   if (name != Py_None && !bytes) return nullptr;
   const char* wanted = bytes ? PyBytes_AsString(bytes) : nullptr;
-  const Kernels* found = nullptr;
+  const Choice* found = nullptr;
   for (const Choice& choice : choices)
-    if (!found && (!wanted || !strcmp(wanted, choice.name)) && !missing(choice)) found = choice.kernels();
+    if (!found && (!wanted || !strcmp(wanted, choice.name)) && !missing(choice)) found = &choice;
   Py_XDECREF(bytes);
   if (!found) {
     PyErr_Format(PyExc_ValueError, "no kernels %R on this CPU", name);
     return nullptr;
   }
-  active = found;
+  active = found->kernels(), active_stages = found->stages();
   Py_RETURN_NONE;
 }
 
@@ -417,6 +451,7 @@ PyMethodDef methods[] = {
     {"gram", fast(gram_of), METH_FASTCALL, "(x, T, I, sum, packed) -> whether this CPU could"},
     {"attention", fast(attention_of), METH_FASTCALL,
      "(q, k, v, out, packed, heads, T, D, scale in millionths, causal) -> whether this CPU could"},
+    {"stage", fast(stage_of), METH_FASTCALL, "One step of a layer of experts; see stage_of."},
     {"row_starts", fast(row_starts), METH_FASTCALL, "(mask, O, I, out)"},
     {"features", features, METH_NOARGS, "Features of this CPU that kernels ask for."},
     {"kernels", kernels, METH_NOARGS, "Sets of kernels and the first feature that each misses here."},
@@ -435,6 +470,6 @@ PyModuleDef definition = {
 PyMODINIT_FUNC PyInit__native(void) {
   using namespace pumice;
   for (const Choice& choice : choices)
-    if (!active && !missing(choice)) active = choice.kernels();
+    if (!active && !missing(choice)) active = choice.kernels(), active_stages = choice.stages();
   return PyModule_Create(&definition);
 }

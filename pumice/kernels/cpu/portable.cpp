@@ -1,6 +1,7 @@
 // Kernels in plain C++: the only ones outside x86, and the yardstick for the others in the tests.
 #include "driver.h"
 #include "coded.h"
+#include "grouped_tile.h"
 
 #if defined(_MSC_VER) && !defined(__clang__)
 #include <intrin.h>
@@ -85,8 +86,50 @@ const Kernels table = {"portable",
                        {coded_product<Coded, BF16>, coded_product<Coded, float>},
                        {coded_expand<BF16>, coded_expand<float>}};
 
+// Grouped products: arrays of a vector's size, which compilers keep in vectors where they can.
+template <class Value>
+struct Floats {
+  typedef Value T;
+  struct Reg {
+    float v[8];
+  };
+  typedef Reg Sum;
+  static constexpr int64_t kLanes = 8, kStretch = 512;
+  static constexpr int kM = 2, kN = 2, kDirectM = 2, kDirectN = 2, kWidth = 8, kStep = 1, kCross = 1, kV = 2, kR = 2;
+
+  static Reg zero() { return Reg{}; }
+  static Reg none() { return Reg{}; }
+  static Reg load(const T* p, int64_t n = 8) {
+    Reg r = {};
+    for (int i = 0; i < (n < 8 ? n : 8); ++i) r.v[i] = widen(p[i]);
+    return r;
+  }
+  static Sum fma(Sum s, Reg w, Reg x) {
+    for (int i = 0; i < 8; ++i) s.v[i] += w.v[i] * x.v[i];
+    return s;
+  }
+  static Reg hold(Reg r) { return r; }
+  static Reg spread(const T* x, int) {
+    Reg r;
+    for (int i = 0; i < 8; ++i) r.v[i] = widen(*x);
+    return r;
+  }
+  static void cross(const T* w, int64_t, int, int64_t outputs, Reg* out) { out[0] = load(w, outputs); }
+  template <int M>
+  static void reduce(const Sum* s, float* out) {
+    for (int m = 0; m < M; ++m)
+      out[m] = ((s[m].v[0] + s[m].v[4]) + (s[m].v[1] + s[m].v[5])) + ((s[m].v[2] + s[m].v[6]) + (s[m].v[3] + s[m].v[7]));
+  }
+  static void put(float* out, Sum s, bool add) {
+    for (int i = 0; i < 8; ++i) out[i] = add ? out[i] + s.v[i] : s.v[i];
+  }
+};
+
+const StagePiece stages[] = {stage_columns<Floats<BF16>>, stage_columns<Floats<float>>};
+
 }  // namespace
 
 const Kernels* portable_kernels() { return &table; }
+const StagePiece* portable_stages() { return stages; }
 
 }  // namespace pumice

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pumice.core.registry import experts
 from pumice.moe.experts.activations import activation as find_activation
 from pumice.moe.experts.base import Experts
-from pumice.moe.grouped import grouped_linear
+from pumice.moe.grouped import expert_mlp
 from pumice.moe.plan import Plan
 
 
@@ -35,7 +35,7 @@ class SwiGLU(Experts):
     ) -> None:
         super().__init__(d_model, d_ff, experts)
         self.activation = activation
-        self._act = find_activation(activation)
+        find_activation(activation)
         self.gate_up_proj = self.matrix(2 * d_ff, d_model)
         self.down_proj = self.matrix(d_model, d_ff)
         if bias:
@@ -43,8 +43,6 @@ class SwiGLU(Experts):
             self.down_proj_bias = nn.Parameter(torch.zeros(experts, d_model))
 
     def compute(self, x_TD: Tensor, plan: Plan, weights: dict[str, Tensor]) -> Tensor:
+        biases = (weights.get("gate_up_proj_bias"), weights.get("down_proj_bias"))
         up, down = weights["gate_up_proj"], weights["down_proj"]
-        both = grouped_linear(x_TD, up, plan, bias_EO=weights.get("gate_up_proj_bias"), gather=True, scatter=False)
-        gate_AF, up_AF = plan.tapped(both).chunk(2, dim=1)
-        hidden_AF = self._act(gate_AF) * up_AF
-        return grouped_linear(hidden_AF, down, plan, bias_EO=weights.get("down_proj_bias"), gather=False, scatter=True)
+        return expert_mlp(x_TD, up, down, plan, biases=biases, act=self.activation, gate="halves")
