@@ -71,21 +71,21 @@ def share(weight_E, rank, world):
 def same_gradients(model, whole, rank, world):
     wanted = dict(whole.named_parameters())
     spread = {id(weight) for weight in expert_parameters(model)}
-    assert len(spread) == 2 * LOST_LAYERS
+    assert len(spread) == LOST_LAYERS * len(model.blocks[0].experts.weights())
     for name, weight in model.named_parameters():
         should = wanted[name].grad
         should = torch.zeros_like(wanted[name]) if should is None else should
         should = share(should, rank, world) if id(weight) in spread else should
         got = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        torch.testing.assert_close(got, should, atol=1e-11, rtol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(got, should, atol=1e-10, rtol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def compare(rank, world, sizes, together=True, balance="global", prepare=None, **options):
+def compare(rank, world, sizes, together=True, over="global", prepare=None, **options):
     """Outputs and gradients of the processes against one process that has all tokens (or sees each batch by itself)."""
     whole = Net(**options)
     if prepare:
         prepare(whole)
-    model = parallelise(copy.deepcopy(whole), balance=balance)
+    model = parallelise(copy.deepcopy(whole), balance=over)
     xs = batches(sizes)
     total = max(sum(x[..., 0].numel() for x in xs), 1)
     mine = xs[rank].requires_grad_()
@@ -115,10 +115,10 @@ def check_dropless(rank, world):
 
 
 def check_global_balance(rank, world):
-    options = {"balance": {"load": 0.5, "importance": 0.5, "z": 0.3, "entropy": 0.2}, "capacity": 0.9}
+    losses = {"load": 0.5, "z": 0.3, "entropy": 0.2}
     # Capacity is a matter of each process, so there are no gradients to compare here: the plans' numbers are.
-    model = parallelise(Net(**options, shared=0), balance="global")
-    whole = Net(balance=options["balance"], shared=0)
+    model = parallelise(Net(balance=losses, capacity=0.9, shared=0), balance="global")
+    whole = Net(balance=losses, shared=0)
     xs = batches([4 + 3 * r for r in range(world)])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -129,11 +129,11 @@ def check_global_balance(rank, world):
         assert abs(ours[name] - theirs[name]) < 1e-5, name
     assert ours["drop_rate"] > 0
     torch.testing.assert_close(model.blocks[0].aux_loss, whole.blocks[0].aux_loss, atol=1e-4, rtol=1e-4)
-    compare(rank, world, [4 + r for r in range(world)], balance="global", **{**options, "capacity": None})
+    compare(rank, world, [4 + r for r in range(world)], balance={**losses, "importance": 0.5})
 
 
 def check_local_balance(rank, world):
-    model, _ = compare(rank, world, [4] * world, together=False, balance="local", **{"balance": {"load": 0.5}})
+    model, _ = compare(rank, world, [4] * world, together=False, over="local", balance={"load": 0.5})
     alone = [None] * world
     dist.all_gather_object(alone, float(model.blocks[0].aux_loss.detach()))
     assert len(set(alone)) == world
@@ -152,7 +152,7 @@ def check_experts_without_tokens(rank, world):
             block.router.weight_ED.data.zero_()
             block.assign = OnlyExpert(E - 1)
 
-    model, _ = compare(rank, world, [3] * world, prepare=one_only, balance="local", shared=0, **{"balance": {}})
+    model, _ = compare(rank, world, [3] * world, prepare=one_only, over="local", shared=0, balance={})
     assert world_unused(model)[: E - 1] == [f"blocks.0 expert {e}" for e in range(E - 1)]
     assert len(world_unused(model)) == LOST_LAYERS * (E - 1)
 
@@ -171,11 +171,11 @@ class OnlyExpert:
 def check_capacity_and_other_assignments(rank, world):
     warnings.simplefilter("ignore")
     sizes = [5 + r for r in range(world)]
-    compare(rank, world, sizes, together=False, balance="local", capacity=0.5)
-    compare(rank, world, sizes, together=False, balance="local", assign="expert_choice")
-    compare(rank, world, sizes, together=False, balance="local", assign={"name": "threshold", "above": 0.09})
+    compare(rank, world, sizes, together=False, over="local", capacity=0.5)
+    compare(rank, world, sizes, together=False, over="local", assign="expert_choice")
+    compare(rank, world, sizes, together=False, over="local", assign={"name": "threshold", "above": 0.09})
     shapes = [(r + 1, 3) for r in range(world)]
-    compare(rank, world, shapes, together=False, balance="local", router={"name": "slots", "slots": 2}, assign="soft")
+    compare(rank, world, shapes, together=False, over="local", router={"name": "slots", "slots": 2}, assign="soft")
 
 
 def check_state_dict(rank, world):
@@ -213,7 +213,9 @@ def check_distributed_checkpoint(rank, world):
 
 
 def trained(model, x, step, total, world, clip):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    spread = {id(weight) for weight in expert_parameters(model)}
+    groups = [[w for w in model.parameters() if (id(w) in spread) is which] for which in (False, True)]
+    optimizer = torch.optim.SGD([{"params": group} for group in groups if group], lr=0.1, foreach=True)
     norms = []
     for _ in range(2):
         loss = world * model(x).square().sum() / total + step(model)
@@ -261,8 +263,8 @@ def check_mesh_with_two_axes(rank, world):
     if world != 4:
         return
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "expert"))
-    whole = Net(**{"balance": {}})
-    with pytest.raises(PumiceError, match='mesh."name"'):
+    whole = Net(balance={})
+    with pytest.raises(PumiceError, match=r"mesh\[.name.\]"):
         parallelise(copy.deepcopy(whole), mesh)
     model = parallelise(copy.deepcopy(whole), mesh["expert"])
     xs = batches([2 + r for r in range(world)])
@@ -317,7 +319,7 @@ def check_refusals(rank, world):
 
 
 def check_processes_in_different_layers(rank, world):
-    model = parallelise(Net(**{"balance": {}}))
+    model = parallelise(Net(balance={}))
     x = batches([3])[0]
     for ours, theirs in ((model.blocks[0], model.blocks[1]), (model.blocks[0], no_grad(model.blocks[0]))):
         with pytest.raises(PumiceError, match=f"on rank {rank} .*same layers in the same order"):
@@ -330,11 +332,11 @@ def no_grad(module):
 
 def lose(how, rank):
     """The last process goes away between two layers; the others are in the second one."""
-    model = parallelise(Net(**{"balance": {}}))
+    model = parallelise(Net(balance={}))
     x = batches([3])[0]
     model(x)
     if rank == dist.get_world_size() - 1:
-        model.blocks[0](x)
+        model.blocks[0](model.first(x))
         if how == "hang":
             time.sleep(600)
         if how == "kill":
@@ -361,7 +363,8 @@ def run_checks(rank, world):
         with contextlib.suppress(RuntimeError):
             fine = [None] * world
             dist.all_gather_object(fine, report[name] == "ok")
-            if all(fine):
+            # Where all fail alike, they are still in step.
+            if len(set(fine)) == 1:
                 continue
         break
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import os
 import re
 import subprocess
@@ -12,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from pumice.core.errors import PumiceError
-from pumice.moe import MoE
-from pumice.moe.parallel import parallelise
+from pumice.moe import MoE, Plan
+from pumice.moe.parallel import _Parcels, _unpack, parallelise
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = ROOT / "tests" / "parallel_worker.py"
@@ -87,6 +89,39 @@ def test_the_documented_script_runs(tmp_path):
     done = torchrun(2, tmp_path / "train.py", tmp_path / "moe.safetensors")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "loss" in done.stdout
+    MoE(64, 128, experts=8).load_state_dict(load_file(tmp_path / "moe.safetensors"))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_token_travels_once_to_each_process(world):
+    generator = torch.Generator().manual_seed(world)
+    index_TK = torch.rand(50, 8, generator=generator).argsort(1)[:, :3]
+    plan = Plan.top_k(index_TK, torch.rand(50, 3, generator=generator), 8)
+    local = 8 // world
+    parcels = _Parcels.of(plan, local, world)
+    wanted = [
+        sorted({token for token, row in enumerate(index_TK.tolist()) if any(e // local == rank for e in row)})
+        for rank in range(world)
+    ]
+    assert [rows.tolist() for rows in parcels.token_U.split(parcels.rows_W.tolist())] == wanted
+    weights = plan.weight_A.split(parcels.pairs_W.tolist())
+    pairs = parcels.pair_A.split(parcels.pairs_W.tolist())
+    for rank in range(world):
+        here = _unpack(pairs[rank], weights[rank], [len(wanted[rank])], [len(pairs[rank])], local)
+        torch.testing.assert_close(here.combine_TE, plan.combine_TE[wanted[rank], rank * local : (rank + 1) * local])
+
+
+def test_bytes_per_token_are_as_documented():
+    experts, k, world, tokens = 8, 2, 4, 20000
+    index_TK = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(0)).argsort(1)[:, :k]
+    parcels = _Parcels.of(Plan.top_k(index_TK, torch.ones(tokens, k), experts), experts // world, world)
+    away = (world - 1) / world * len(parcels.token_U) / tokens
+    expected = (world - 1) * (1 - math.comb(experts - experts // world, k) / math.comb(experts, k))
+    assert away == pytest.approx(expected, rel=0.01)
+    said = re.search(r"n is ([\d.]+) and a\s+token costs ([\d.]+) kB", (ROOT / "docs" / "moe.md").read_text())
+    assert said is not None
+    assert float(said[1]) == pytest.approx(expected, abs=0.005)
+    assert float(said[2]) == pytest.approx(2 * expected * 4096 * 2 / 1000, abs=0.05)
 
 
 def test_a_group_is_needed():

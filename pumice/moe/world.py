@@ -26,8 +26,7 @@ class WorldPlan(BasePlan):
 
     def __init__(self, plan: AnyPlan, exchange: Exchange) -> None:
         super().__init__(routing=plan.routing)
-        device = plan.load_E.device
-        share = plan.tokens
+        device, share = plan.load_E.device, plan.tokens
         parts = {
             "tokens": torch.tensor(float(share)),
             "dropped": torch.tensor(float(plan.dropped)),
@@ -42,12 +41,13 @@ class WorldPlan(BasePlan):
         # In double precision, so that counts are exact.
         flat = torch.cat([part.to(device, torch.float64).flatten() for part in parts.values()])
         sums = exchange.total(flat, "the balance of experts").split([part.numel() for part in parts.values()])
+        self._dtype = plan.importance_E.dtype
         self._sums: dict[str, Tensor] = dict(zip(parts, sums, strict=True))
         self._experts = plan.experts
         self.losses = {name[5:]: loss[0] for name, loss in self._sums.items() if name.startswith("loss ")}
 
     def _mean(self, name: str) -> Tensor:
-        return (self._sums[name] / self._sums["tokens"].clamp_min(1)).float()
+        return (self._sums[name] / self._sums["tokens"].clamp_min(1)).to(self._dtype)
 
     @property
     def tokens(self) -> int:
@@ -71,7 +71,7 @@ class WorldPlan(BasePlan):
 
     @property
     def importance_E(self) -> Tensor:
-        return self._sums["importance_E"].float()
+        return self._sums["importance_E"].to(self._dtype)
 
     @property
     def probability_E(self) -> Tensor:
@@ -95,9 +95,9 @@ class _Worldwide:
     def __call__(self, loss: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         plan, *rest = args
         # Kept on the plan, so that all its losses share one all-reduce.
-        world = plan.__dict__.setdefault(_KEPT, None) or WorldPlan(plan, self.exchange)
-        plan.__dict__[_KEPT] = world
-        return world, *rest
+        if _KEPT not in plan.__dict__:
+            plan.__dict__[_KEPT] = WorldPlan(plan, self.exchange)
+        return plan.__dict__[_KEPT], *rest
 
 
 def use_world(layer: MoE, exchange: Exchange) -> None:
