@@ -58,6 +58,8 @@ def reports(request, tmp_path_factory):
 @pytest.mark.parametrize("check", CHECKS)
 def test_processes_equal_one(reports, check):
     said = [report.get(f"check_{check}", "an earlier check failed") for report in reports]
+    if said[0].startswith("needs"):
+        pytest.skip(said[0])
     assert said == ["ok"] * len(reports), "\n".join(said)
 
 
