@@ -11,9 +11,9 @@ GQSA's stages learn from 128 windows of the stories' first half: 48 steps of two
 windows for the scales, whose loss is cross-entropy plus the divergence from the dense model.
 
 Repaired. Half of the 1x16 groups of stories15M are removed by ALPS toward the dense outputs. What is left follows the dense
-model's logits and features (SquareHead without the task's loss, --minutes, bf16 products) on 896 windows of 256 tokens that
-the dense model wrote itself and 400 of the stories' first half: with the 97,000 tokens of that half alone, and their
-labels, the model learns them by heart. Then it is rounded to int4 by OBS, and the scales are trained (oqp, 3 minutes).
+model's logits and features (SquareHead without the task's loss, --minutes, bf16 products) on the stories' first half; with
+the labels of its 97,000 tokens the model would learn them by heart. Then it is rounded to int4 by OBS, and the scales are
+trained (oqp, 3 minutes).
 After every step the row says where it stands. The counterpart is round-to-nearest int3 in groups of 32.
 
 Speed. One layer of 4096 x 4096 in bf16 at one row, weights out of cache (copies rotate through 512 MiB), layouts in turns,
@@ -51,7 +51,6 @@ from pumice.engine.evaluate import agreement, perplexity
 from pumice.engine.models import load_model
 from pumice.engine.retrieval import RetrievalData, load_cranfield, retrieval
 from pumice.engine.store import read_config
-from pumice.engine.written import write_windows
 from pumice.kernels.features import machine_stamp
 from pumice.prune.integers import tune_blocks, tune_scales
 from pumice.weights.layouts.base import Packed, pack
@@ -95,7 +94,7 @@ STAGES: dict[str, tuple[str, bool, bool]] = {
     "gqsa, both stages": ("none", True, True),
     "gqsa, both stages, from the joint walk": ("obs", True, True),
 }
-REPAIR = {"name": "squarehead", "lr": 6e-4, "batch": 2, "task": 0.0, "logits": 0.5}
+REPAIR = {"name": "squarehead", "lr": 5e-4, "batch": 2, "task": 0.0, "logits": 0.5}
 STEPS = (48, 64)
 """Of stage 1 for each block, and of stage 2; two windows of 256 tokens a step."""
 JUDGED_ON_MINILM = ("round", "half of the 1x16", "half unstructured, int8, joint")
@@ -233,23 +232,18 @@ def gqsa(shared: Path, results: dict[str, Any], redo: bool, match: str) -> None:
         write(results, "stories15m")
 
 
-def lessons(shared: Path, dense: nn.Module, cache: Path | None) -> Tensor:
-    """What the repair learns from; the first windows are the held-out ones, of real text."""
+def lessons(shared: Path) -> Tensor:
+    """What the repair learns from: 1024 windows of the stories' first half, overlapping; the first ones are held out."""
     loaded = load_model(shared / "models" / "stories15M-hf", dtype=torch.float32)
     text = data.load_text(shared / "data" / "lm_text" / "tinystories_sample.txt")
     first, _ = data.halves(text if isinstance(text, list) else [text])
-    real = data.windows_from_documents(first, loaded.tokenizer, 400, 256, random=True, seed=0)
-    file = None if cache is None else cache / "written.pt"
-    own = torch.load(file) if file is not None and file.exists() else write_windows(dense, 896, 256, seed=1)
-    if file is not None:
-        torch.save(own, file)
-    return torch.cat([real[:16], own, real[16:]])
+    return data.windows_from_documents(first, loaded.tokenizer, 1024, 256, random=True, seed=0)
 
 
 def repaired(shared: Path, results: dict[str, Any], redo: bool, minutes: float, cache: Path | None) -> None:
     """Prune, repair, round, train the scales: four rows of one model, the last two read back from disk.
 
-    `cache` keeps what takes long: the text that the model wrote, and the model after the repair.
+    `cache` keeps the model after the repair, which takes long.
     """
     table = results.setdefault("stories15m", {})
     labels = [
@@ -259,7 +253,7 @@ def repaired(shared: Path, results: dict[str, Any], redo: bool, minutes: float, 
     if not redo and all(label in table for label in labels):
         return
     dense, calibration, judge = stories(shared)
-    learn = {"data": lessons(shared, dense, cache), "compute": "bfloat16"}
+    learn = {"data": lessons(shared), "compute": "bfloat16"}
     model = copy.deepcopy(dense)
 
     def row(label: str, start: float, back: nn.Module | None = None, **facts: Any) -> None:

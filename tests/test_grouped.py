@@ -77,8 +77,8 @@ def test_every_backend_agrees_with_dense_products(dtype, counts, inputs, outputs
         plain = reference.grouped_linear(
             *(given[name] for name in ("x", "weight", "offsets", "bias", "gather", "scatter", "scale", "rows"))
         )
-        # A backend may round once more than the reference, before it adds the bias.
-        rounding = torch.finfo(dtype).eps * exact.abs().max() if exact.numel() else 0.0
+        # A backend may round once more than the reference, before it adds the bias, and sum in another order.
+        rounding = 2 * torch.finfo(dtype).eps * exact.abs().max() if exact.numel() else 0.0
         allowed = max(2 * (plain.double() - exact).abs().max(), rounding) if exact.numel() else 0.0
         floor = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
         assert (plain.double() - exact).abs().sum() <= exact.abs().sum() * floor
@@ -166,7 +166,7 @@ def test_torchs_backend_says_why_it_refuses():
     for dtype, rows, shape in ((torch.float64, 4, (16, 16)), (torch.float32, 4, (7, 16)), (torch.float32, 0, (16, 16))):
         call = Call("grouped_linear", "dense", dtype, "cpu", rows, shape, {"experts": 2})
         reasons[dtype, rows] = {backend.name: reason for backend, reason in dispatch.candidates(call)}
-        assert dispatch.choose(call).name == "loop"
+        assert dispatch.choose(call).name != "torch"
     assert "float64" in reasons[torch.float64, 4]["torch"]
     assert "multiples of 4" in reasons[torch.float32, 4]["torch"]
     assert "empty" in reasons[torch.float32, 0]["torch"]

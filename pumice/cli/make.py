@@ -149,9 +149,7 @@ def repair(
         list[str] | None,
         typer.Option("--set", metavar="REPAIR.OPTION=VALUE", help="Option of a repair, as perp.rank=8 (repeat)."),
     ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Text to learn from: file, Hugging Face dataset, or written: by the teacher.")
-    ] = None,
+    data: Annotated[str | None, typer.Option(help="Text to learn from: file or Hugging Face dataset.")] = None,
     samples: Annotated[int, typer.Option(help="Windows of text.")] = 256,
     seqlen: Annotated[int, typer.Option(help="Tokens in each window.")] = 1024,
     seed: Annotated[int, typer.Option(help="Seed of the windows and of the training.")] = 0,

@@ -15,7 +15,6 @@ from pumice.core import registry
 from pumice.core.errors import PumiceError
 from pumice.core.registry import Bound
 from pumice.core.view import find_views
-from pumice.engine import written
 from pumice.engine.data import is_text, load_text, make_data
 from pumice.engine.files import check_free
 from pumice.engine.models import load_model
@@ -88,7 +87,7 @@ def repair(
     Args:
         model: a pruned module (changed in place), or a checkpoint by name (then `out` is required).
         method: a repair (`pumice methods repair`), `{"name": …, option: …}`, or several to be done one after the other.
-        data: as `pumice.prune` takes it; what the model is trained on. "written" lets the dense model write it.
+        data: as `pumice.prune` takes it; what the model is trained on.
         teacher: the dense model, which refits need and training is guided by.
         minutes: time for all the methods together; None takes each method's own.
         samples, seqlen: windows of text, and their length in tokens.
@@ -114,10 +113,6 @@ def repair(
     guide = load_model(teacher, device=device).model if isinstance(teacher, str | Path) else teacher
     start = time.perf_counter()
     session = _Session(net, guide, methods, loss, seed, progress)
-    if isinstance(data, str) and data == written.NAME:
-        if guide is None:
-            raise PumiceError(f"teacher=None: data={data!r} is text that the dense model writes; pass teacher=….")
-        data = written.write_windows(guide, samples, seqlen, seed=seed, batch=min(128, samples), progress=progress)
     learn, held_out = _data(net, tokenizer, data, {"samples": samples, "seqlen": seqlen, "seed": seed})
     result = session.run(learn, held_out, minutes, compute)
     result.seconds = time.perf_counter() - start

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import types
 
 import pytest
 import torch
@@ -183,7 +184,9 @@ def test_every_method_explains_itself(info):
     if info.family in AXES and info.name not in USUAL.values():
         assert info.paper, f"{info.name} names no paper"
     for option in info.options.values():
-        assert isinstance(option.type, type), f"option {option.name} of {info.name} needs a plain type"
+        assert isinstance(option.type, type | types.UnionType), (
+            f"option {option.name} of {info.name} needs a plain type"
+        )
         assert isinstance(option.default, option.type | type(None))
         if info.family in AXES:
             assert option.help, f"option {option.name} of {info.name} has no help"

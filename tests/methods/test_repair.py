@@ -14,7 +14,6 @@ from pumice.core.errors import PumiceError
 from pumice.core.stream import Stream
 from pumice.core.view import find_views
 from pumice.engine.repair import repair
-from pumice.engine.written import write_windows
 from pumice.prune.repair.base import Clock, Job
 from pumice.prune.repair.objective import Objective, guided_loss
 from pumice.prune.repair.perp import MaskedAdapter
@@ -370,27 +369,6 @@ def test_from_disk_to_disk_and_by_prune(tmp_path, capsys):
     assert third.repair is not None
     assert third.repair["after"] < third.repair["before"]
     assert pumice.load(tmp_path / "both") is not None
-
-
-def test_the_dense_model_writes_the_text():
-    dense, sparse = pruned()
-    options = {"data": "written", "samples": 16, "seqlen": 12, "progress": False}
-    result = pumice.repair(
-        sparse, {"name": "squarehead", "steps": 4, "lr": 1e-3, "task": 0.0}, teacher=dense, **options
-    )
-    assert result.after <= result.before
-    windows = write_windows(dense, 5, 7, seed=3, batch=2, progress=False)
-    assert windows.shape == (5, 7)
-    assert windows[:, 0].eq(dense.config.bos_token_id).all()
-    torch.testing.assert_close(windows, write_windows(dense, 5, 7, seed=3, batch=2, progress=False))
-    # Sampled from the model's own distribution: far likelier under it than tokens drawn evenly.
-    likely = float(dense(input_ids=windows, labels=windows).loss.detach())
-    even = torch.randint(0, 100, windows.shape, generator=torch.Generator().manual_seed(0))
-    assert likely < float(dense(input_ids=even, labels=even).loss.detach())
-    with pytest.raises(PumiceError, match="teacher=None"):
-        pumice.repair(sparse, "perp", **options)
-    with pytest.raises(PumiceError, match="cannot write"):
-        write_windows(tiny.bert(), 2, 4)
 
 
 def test_stream_is_not_disturbed():

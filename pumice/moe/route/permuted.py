@@ -6,7 +6,7 @@ Legend: T tokens, E experts.
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class Permuted(Router):
         d_model: int,
         experts: int,
         *,
-        router: Annotated[str | dict[str, Any], "whose columns are permuted: a name or {name: …, option: …}"] = "comet",
+        router: Annotated[str | dict, "whose columns are permuted: a name or {name: …, option: …}"] = "comet",
         search: Annotated[float, "share of the training that searches"] = 0.1,
         noise: Annotated[float, "factor of the Gumbel noise"] = 0.01,
         entropy: Annotated[float, "factor of the permutation's entropy"] = 1e-3,
