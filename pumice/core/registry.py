@@ -268,8 +268,9 @@ assign = Family(
     trains=False,
     forbids=True,
 )
-# weight: the loss's usual factor. router: the one router whose partial results it reads.
-balance = Family("balance", "pumice.moe.balance", weight=0.01, router=None)
+# weight: the loss's usual factor. router: the one router whose partial results it reads. taps: it watches the experts'
+# hidden states (`Plan.tap`).
+balance = Family("balance", "pumice.moe.balance", weight=0.01, router=None, taps=False)
 # merges: the parameters of several experts can be averaged. router: the one router that prepares its work, or None.
 experts = Family("experts", "pumice.moe.experts", merges=True, router=None)
 moe_layer = Family("moe_layer", "pumice.moe.composite")

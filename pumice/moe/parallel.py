@@ -304,8 +304,11 @@ def _why_not(layer: MoE, experts: Experts, balance: str) -> str | None:
     if layer._fact("makes") == "merge":
         return f"cannot be spread: {MERGE}"
     known = {one.name: one for one in registry.balance.members()}
-    for loss, _ in layer._weights if balance == "global" else []:
-        if loss in known and known[loss].extras["router"] is not None:
+    for loss, _ in layer._weights:
+        facts = known[loss].extras if loss in known else {}
+        if facts.get("taps"):
+            return f"has balance={loss!r}, which watches the experts' hidden states, and those are elsewhere: leave it whole."
+        if balance == "global" and facts.get("router") is not None:
             return f"has balance={loss!r}, which reads single tokens from its router: use balance='local'."
     return None
 

@@ -67,7 +67,7 @@ class _Watch(torch.autograd.Function):
         return gradient_AF, wrong_A.to(torch.float32), None, None
 
 
-@balance("gradient_conflict", key="stgc", paper="arXiv:2406.19905", weight=1.0)
+@balance("gradient_conflict", key="stgc", paper="arXiv:2406.19905", weight=1.0, taps=True)
 class GradientConflict(nn.Module):
     """-log softmax(-logits)[e] for the tokens whose gradient conflicts with the mean gradient of their expert e.
 
