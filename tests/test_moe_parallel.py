@@ -145,7 +145,7 @@ def test_one_process_is_a_group_too():
 def test_a_loss_that_watches_the_experts_is_refused():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        with pytest.raises(PumiceError, match="gradient_conflict.*leave it whole"):
+        with pytest.raises(PumiceError, match=r"gradient_conflict.*leave it whole"):
             parallelise(MoE(8, 4, 4, balance=["gradient_conflict"]))
     finally:
         dist.destroy_process_group()
