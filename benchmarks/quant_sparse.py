@@ -10,12 +10,6 @@ positions, scales and zero points counted. Every row is judged on the checkpoint
 GQSA's stages learn from 128 windows of the stories' first half: 48 steps of two windows for each block, then 64 of two
 windows for the scales, whose loss is cross-entropy plus the divergence from the dense model.
 
-Repaired. Half of the 1x16 groups of stories15M are removed by ALPS toward the dense outputs. What is left follows the dense
-model's logits and features (SquareHead without the task's loss, --minutes, bf16 products) on the stories' first half; with
-the labels of its 97,000 tokens the model would learn them by heart. Then it is rounded to int4 by OBS, and the scales are
-trained (oqp, 3 minutes).
-After every step the row says where it stands. The counterpart is round-to-nearest int3 in groups of 32.
-
 Speed. One layer of 4096 x 4096 in bf16 at one row, weights out of cache (copies rotate through 512 MiB), layouts in turns,
 medians; dense by PyTorch and oneDNN, dense int8 by PyTorch's own dynamic quantisation, and Pumice's layouts.
 
@@ -94,7 +88,6 @@ STAGES: dict[str, tuple[str, bool, bool]] = {
     "gqsa, both stages": ("none", True, True),
     "gqsa, both stages, from the joint walk": ("obs", True, True),
 }
-REPAIR = {"name": "squarehead", "lr": 5e-4, "batch": 2, "task": 0.0, "logits": 0.5}
 STEPS = (48, 64)
 """Of stage 1 for each block, and of stage 2; two windows of 256 tokens a step."""
 JUDGED_ON_MINILM = ("round", "half of the 1x16", "half unstructured, int8, joint")
@@ -232,66 +225,6 @@ def gqsa(shared: Path, results: dict[str, Any], redo: bool, match: str) -> None:
         write(results, "stories15m")
 
 
-def lessons(shared: Path) -> Tensor:
-    """What the repair learns from: 1024 windows of the stories' first half, overlapping; the first ones are held out."""
-    loaded = load_model(shared / "models" / "stories15M-hf", dtype=torch.float32)
-    text = data.load_text(shared / "data" / "lm_text" / "tinystories_sample.txt")
-    first, _ = data.halves(text if isinstance(text, list) else [text])
-    return data.windows_from_documents(first, loaded.tokenizer, 1024, 256, random=True, seed=0)
-
-
-def repaired(shared: Path, results: dict[str, Any], redo: bool, minutes: float, cache: Path | None) -> None:
-    """Prune, repair, round, train the scales: four rows of one model, the last two read back from disk.
-
-    `cache` keeps the model after the repair, which takes long.
-    """
-    table = results.setdefault("stories15m", {})
-    labels = [
-        f"half of the 1x16 groups, ALPS{more}"
-        for more in ("", ", repaired", ", repaired, int4", ", repaired, int4, oqp")
-    ]
-    if not redo and all(label in table for label in labels):
-        return
-    dense, calibration, judge = stories(shared)
-    learn = {"data": lessons(shared), "compute": "bfloat16"}
-    model = copy.deepcopy(dense)
-
-    def row(label: str, start: float, back: nn.Module | None = None, **facts: Any) -> None:
-        seconds = round(time.perf_counter() - start, 1)
-        table[label] = {
-            **judge(model if back is None else back),
-            **facts,
-            "seconds": seconds,
-            "machine": machine_stamp(),
-        }
-        print(label, {k: v for k, v in table[label].items() if k not in ("machine", "recipe", "facts")}, flush=True)
-        write(results, "stories15m")
-
-    file = None if cache is None else cache / f"squarehead {minutes:g}.pt"
-    if file is not None and file.exists() and labels[1] in table:
-        model.load_state_dict(torch.load(file, weights_only=True))
-    else:
-        start = time.perf_counter()
-        made = pumice.prune(model, "alps-dense", pattern="1x16", density=0.5, data=calibration, compute="bfloat16")
-        row(labels[0], start, density=round(made.density, 4), recipe=made.recipe)
-        start = time.perf_counter()
-        with torch.enable_grad():
-            result = pumice.repair(model, REPAIR, teacher=dense, minutes=minutes, **learn)
-        row(labels[1], start, minutes=minutes, recipe=result.steps[0].method, facts=result.steps[0].facts)
-        if file is not None:
-            torch.save(model.state_dict(), file)
-    start = time.perf_counter()
-    options = {"recover": "obs", "pattern": "1x16", "density": 0.5, "values": "int4"}
-    made = pumice.prune(model, "magnitude", data=calibration, compute="bfloat16", **options)
-    back, bits, layouts = stored(model, lambda: copy.deepcopy(dense))
-    row(labels[2], start, back, bits_per_weight=round(bits, 3), stored=layouts, recipe=made.recipe)
-    start = time.perf_counter()
-    with torch.enable_grad():
-        result = pumice.repair(model, "oqp", teacher=dense, minutes=3, **learn)
-    back, bits, layouts = stored(model, lambda: copy.deepcopy(dense))
-    row(labels[3], start, back, bits_per_weight=round(bits, 3), stored=layouts, facts=result.steps[0].facts)
-
-
 def distance(model: nn.Module, dense: nn.Module) -> Callable[[Any], Tensor]:
     """Cross-entropy of the next token plus KL(dense || model)."""
 
@@ -396,9 +329,7 @@ def speed(results: dict[str, Any], redo: bool, wanted: list[int], size: int, col
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, required=True, help="folder with data/ and models/")
-    parser.add_argument("--only", default="", help="stories15m, gqsa, repaired, minilm or speed")
-    parser.add_argument("--minutes", type=float, default=25.0, help="of repair, for the repaired rows")
-    parser.add_argument("--cache", type=Path, help="folder that keeps the repaired model")
+    parser.add_argument("--only", default="", help="stories15m, gqsa, minilm or speed")
     parser.add_argument("--match", default="", help="rows of gqsa whose name contains this")
     parser.add_argument("--threads", default="1,2", help="thread counts of the speed rows")
     parser.add_argument("--redo", action="store_true", help="measure again what is in the results already")
@@ -410,8 +341,6 @@ def main() -> None:
         quality("stories15m", stories, args.shared, results, args.redo)
     if args.only in ("", "gqsa"):
         gqsa(args.shared, results, args.redo, args.match)
-    if args.only in ("", "repaired"):
-        repaired(args.shared, results, args.redo, args.minutes, args.cache)
     if args.only in ("", "minilm"):
         quality("minilm", minilm, args.shared, results, args.redo)
     if args.only in ("", "speed"):

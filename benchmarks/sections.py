@@ -181,3 +181,21 @@ def larger(results: Results) -> str:
         "## A model larger than the memory\n\nResident memory counts pages of the checkpoint's files, which the system may "
         f"take back; the kernel limits the private part (`benchmarks/larger_than_memory.py`).\n\n{table(head, rows)}"
     )
+
+
+def experts(results: Results) -> str:
+    """One MoE layer: ours beside Transformers' implementations and a dense MLP of the same active FLOPs, in ms."""
+    rows = []
+    for entry in sorted(results["results"], key=lambda one: (one["layer"], one["dtype"], "train" in one["part"])):
+        times = {name: time["ms"] for name, time in entry["times"].items()}
+        ours, dense = times.pop("pumice"), times.pop("dense MLP", None)
+        best = min(times, key=times.__getitem__)
+        what = "64 experts, 8 a token" if entry["layer"] == "fine" else "8 experts, 2 a token"
+        what += ", with gradients" if "train" in entry["part"] else ""
+        floor = number(entry.get("floor_ms"))
+        shown = [what, entry["dtype"], f"{entry['tokens']}", number(ours), f"{number(times[best])} ({best})"]
+        rows.append([*shown, f"{times[best] / ours:.2f}×", number(dense), floor])
+    head = ["layer", "weights", "tokens", "ours, ms", "best other, ms", "ours is", "dense MLP, ms", "floor, ms"]
+    stamp = results["results"][0]["machine"]
+    said = f"{machine(stamp)}, {stamp['threads']} threads; weights from memory. The floor is the time to read the weights in use."
+    return f"{table(head, rows)}\n\n{said}"

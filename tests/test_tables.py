@@ -174,6 +174,14 @@ def test_quantised_rows_have_bits_and_the_stages_come_last(tables):
     assert tables.sections.quantised_speed({}) == ""
 
 
+def test_an_moe_layer_is_compared_with_the_best_other(tables):
+    times = {"eager": {"ms": 3.0}, "grouped_mm": {"ms": 2.0}, "pumice": {"ms": 4.0}, "dense MLP": {"ms": 1.0}}
+    machine = {"cores": 2, "cpu": "C", "kernels_in_use": "K", "threads": 2}
+    entry = {"part": "few", "layer": "mixtral", "dtype": "bfloat16", "tokens": 1, "times": times, "machine": machine}
+    (row,) = rows_of(tables.sections.experts({"results": [entry]}))
+    assert row[3:7] == ["4.00", "2.00 (grouped_mm)", "0.50×", "1.00"]
+
+
 def test_larger_than_memory_shows_what_failed_too(tables):
     rows = rows_of(tables.sections.larger(LARGER))
     assert rows == [

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pumice.core.errors import PumiceError
+from pumice.core.registry import unknown
+
 
 def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
@@ -25,6 +28,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu2": _relu_squared,
     "sigmoid": torch.sigmoid,
 }
+
+
+def find_activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The function of that name; PumiceError with the known names otherwise."""
+    if name not in ACTIVATIONS:
+        raise PumiceError(unknown("activation", name, ACTIVATIONS))
+    return ACTIVATIONS[name]
 
 
 def activate(products: Tensor, act: str, gate: str, alpha: float = 0.0, limit: float = 0.0) -> Tensor:

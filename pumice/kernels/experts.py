@@ -17,6 +17,7 @@ from torch import Tensor
 from pumice.core import activation, dispatch
 from pumice.core.dispatch import Backend, Call, Run, register
 from pumice.kernels import grouped_cpu
+from pumice.kernels.grouped import choose
 from pumice.kernels.grouped_cpu import ACTIVATE, ACTIVATIONS, GATE, PLAIN, Finish, stage
 
 Form = tuple[str, str, float, float]
@@ -28,10 +29,8 @@ def _prepare_parts(state: Any, _: Tensor | None) -> Run:
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None, offsets_E1: Tensor, *more: Any) -> Tensor:
         assignments = x.shape[0] if more[0] is None else more[0].shape[0]
-        shape = (weight.shape[1], weight.shape[2])
-        params = {"experts": weight.shape[0]}
-        call = Call("grouped_linear", "dense", x.dtype, str(x.device), assignments, shape, params)
-        return dispatch.choose(call).prepare(weight, bias)(x, offsets_E1, *more)
+        backend = choose("grouped_linear", x, assignments, weight.shape[0], (weight.shape[1], weight.shape[2]))
+        return backend.prepare(weight, bias)(x, offsets_E1, *more)
 
     def run(
         x: Tensor,

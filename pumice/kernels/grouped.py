@@ -109,7 +109,8 @@ register(Backend("loop", "grouped_outer", "dense", _anything, _prepare_loop_oute
 register(Backend("torch", "grouped_outer", "dense", _refuse_torch, _prepare_torch_outer, 10, "PyTorch's grouped_mm"))
 
 
-def _choose(op: str, like: Tensor, rows: int, experts: int, shape: tuple[int, int]) -> Backend:
+def choose(op: str, like: Tensor, rows: int, experts: int, shape: tuple[int, int]) -> Backend:
+    """The backend for a dense op of `experts` matrices of one shape and `rows` assignments, on `like`'s device."""
     return dispatch.choose(Call(op, "dense", like.dtype, str(like.device), rows, shape, {"experts": experts}))
 
 
@@ -131,7 +132,7 @@ def grouped_linear(
 ) -> Tensor:
     """`reference.grouped_linear` by the best backend."""
     assignments = x.shape[0] if gather is None else gather.shape[0]
-    backend = _choose("grouped_linear", x, assignments, weight.shape[0], (weight.shape[1], weight.shape[2]))
+    backend = choose("grouped_linear", x, assignments, weight.shape[0], (weight.shape[1], weight.shape[2]))
     return backend.prepare(weight, bias)(x, offsets, gather, scatter, scale, rows)
 
 
@@ -158,7 +159,7 @@ def _(
 def grouped_outer(g: Tensor, x: Tensor, offsets: Tensor, g_rows: Tensor | None, x_rows: Tensor | None) -> Tensor:
     """`reference.grouped_outer` by the best backend."""
     assignments = x.shape[0] if x_rows is None else x_rows.shape[0]
-    backend = _choose("grouped_outer", g, assignments, offsets.shape[0] - 1, (g.shape[1], x.shape[1]))
+    backend = choose("grouped_outer", g, assignments, offsets.shape[0] - 1, (g.shape[1], x.shape[1]))
     return backend.prepare(None, None)(g, x, offsets, g_rows, x_rows)
 
 

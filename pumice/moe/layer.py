@@ -179,6 +179,11 @@ class MoE(nn.Module):
         """Those of the last plan; empty before the first forward pass."""
         return {} if self.plan is None else self.plan.statistics()
 
+    @property
+    def _who(self) -> str:
+        """For messages; `pumice.moe.layers` tells a layer its name."""
+        return f"MoE layer {self.name!r}" if self.name else f"MoE layer (d_model={self.d_model})"
+
     def unused(self) -> list[int]:
         """Experts that have had no token since construction or `reset_seen()`."""
         return (self.seen_E == 0).nonzero().flatten().tolist()
@@ -198,7 +203,7 @@ class MoE(nn.Module):
             return
         rows, columns = torch.isnan(routing.logits_TE).nonzero(as_tuple=True)
         raise PumiceError(
-            f"router logits of MoE layer {self.name!r} are NaN for {rows.unique().numel()} tokens, first token "
+            f"router logits of {self._who} are NaN for {rows.unique().numel()} tokens, first token "
             f"{int(rows[0])}, expert {int(columns[0])}: its inputs or the router's weights are not finite."
         )
 
@@ -212,7 +217,7 @@ class MoE(nn.Module):
         self._warned = True
         total = plan.dropped + int(plan.load_E.sum())
         warnings.warn(
-            f"MoE layer {self.name!r} dropped {plan.dropped} of {total} assignments for want of capacity; said once, "
+            f"{self._who} dropped {plan.dropped} of {total} assignments for want of capacity; said once, "
             "plan.dropped counts them. Raise capacity, or leave it out to drop nothing.",
             stacklevel=3,
         )

@@ -10,9 +10,9 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from pumice.core.activation import find_activation
 from pumice.core.errors import PumiceError
 from pumice.core.registry import experts
-from pumice.moe.experts.activations import activation as find_activation
 from pumice.moe.experts.base import Experts
 from pumice.moe.grouped import grouped_linear
 from pumice.moe.plan import Plan

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pumice.core.activation import find_activation
 from pumice.core.errors import PumiceError
 from pumice.core.registry import experts
-from pumice.moe.experts.activations import activation as find_activation
 from pumice.moe.experts.base import Experts
 from pumice.moe.plan import Plan
 

@@ -10,8 +10,8 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
+from pumice.core.activation import find_activation
 from pumice.core.registry import experts
-from pumice.moe.experts.activations import activation as find_activation
 from pumice.moe.experts.base import Experts
 from pumice.moe.plan import Plan
 
