@@ -46,7 +46,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "slicegpt": [{"rotations": "one"}],
     "2ssp": [{"refit": "layer"}, {"refit": "dense"}, {"refit": "dense", "choice": "obs"}],
     "cfsp": [{"refit": "dense"}],
-    "width-ls": [{"choice": "activation"}, {"choice": "contribution"}, {"heads": True}],
+    "width-ls": [{"choice": "activation"}, {"choice": "contribution"}, {"heads": True}, {"blocks": 0.5}],
 }
 """Rows of a method beside the one with its own defaults."""
 

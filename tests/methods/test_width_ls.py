@@ -107,3 +107,18 @@ def test_damping_keeps_dead_inputs_harmless():
     mask = greedy(w_OI, x_TI.t() @ x_TI / len(x_TI), torch.arange(8)[:, None], 7, 0.01)
     assert torch.isfinite(hessian).all()
     assert not mask[3]
+
+
+def test_some_of_it_goes_as_whole_blocks():
+    model = tiny.llama(num_hidden_layers=4)
+    total = sum(p.numel() for p in model.model.layers.parameters())
+    method = {"name": "width-ls", "blocks": 0.5, "multiple": 1}
+    result = shrink_result(model, method, density=0.5, data=BATCHES)
+    assert len(model.model.layers) == model.config.num_hidden_layers == 3
+    assert result.ordinary
+    assert sum(p.numel() for p in model.model.layers.parameters()) == pytest.approx(0.5 * total, rel=0.02)
+
+
+def test_a_share_of_blocks_of_one_is_refused():
+    with pytest.raises(PumiceError, match="blocks=1 "):
+        shrink_result(tiny.llama(), {"name": "width-ls", "blocks": 1}, density=0.8, data=BATCHES)
