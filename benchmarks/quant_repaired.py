@@ -1,9 +1,10 @@
 """An int4 model without half of its groups, before and after a repair, on stories15M.
 
-Half of the 1x16 groups of stories15M are removed by ALPS toward the dense outputs. What is left follows the dense
-model's logits and features (SquareHead without the task's loss, --minutes, bf16 products) on the stories' first half; with
-the labels of its 97,000 tokens the model would learn them by heart. Then it is rounded to int4 by OBS, and the scales are
-trained (oqp, 3 minutes).
+Half of the 1x16 groups of stories15M are removed by ALPS toward the dense outputs; how many of each layer, dynamic
+programming over the layers' measured errors decides. What is left follows the dense model's features and logits
+(SquareHead without the task's loss, --minutes, bf16 products) on the stories' first half, whose 97,000 tokens are few, and on
+stories that the dense model writes itself. A sixteenth of the stories judges. Then it is rounded to int4 by OBS, and the
+scales are trained (oqp, 3 minutes).
 After every step the row says where it stands. The counterpart is round-to-nearest int3 in groups of 32.
 
 Protocol, judge and results file are those of quant_sparse.py.
@@ -29,15 +30,38 @@ from pumice.engine import data
 from pumice.engine.models import load_model
 from pumice.kernels.features import machine_stamp
 
-REPAIR = {"name": "squarehead", "lr": 5e-4, "batch": 2, "task": 0.0, "logits": 0.5}
+REPAIR = {"name": "squarehead", "lr": 1e-3, "batch": 2, "task": 0.0, "features": 10.0, "logits": 0.2}
+WRITTEN = 2048
 
 
-def lessons(shared: Path) -> Tensor:
-    """What the repair learns from: 1024 windows of the stories' first half, overlapping; the first ones are held out."""
+def lessons(shared: Path, dense: nn.Module, cache: Path | None) -> Tensor:
+    """What the repair learns from: the windows it is judged by first, then stories, then stories by the dense model."""
     loaded = load_model(shared / "models" / "stories15M-hf", dtype=torch.float32)
     text = data.load_text(shared / "data" / "lm_text" / "tinystories_sample.txt")
     first, _ = data.halves(text if isinstance(text, list) else [text])
-    return data.windows_from_documents(first, loaded.tokenizer, 1024, 256, random=True, seed=0)
+    cut = len(first) - max(1, len(first) // 16)
+    held_out = data.windows_from_documents(first[cut:], loaded.tokenizer, 16, 256)
+    real = data.windows_from_documents(first[:cut], loaded.tokenizer, 1024, 256, random=True, seed=0)
+    return torch.cat([held_out, real, written(dense, loaded.tokenizer.bos_token_id, cache)])
+
+
+def written(dense: nn.Module, bos: int, cache: Path | None, batch: int = 128, seqlen: int = 256) -> Tensor:
+    """WRITTEN windows sampled from the dense model at temperature 1, each from the start of a story."""
+    file = None if cache is None else cache / f"written {WRITTEN}.pt"
+    if file is not None and file.exists():
+        return torch.load(file, weights_only=True)
+    start = torch.full((batch, 1), bos)
+    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "eos_token_id": None, "pad_token_id": 0}
+    found = []
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(0)
+        for _ in range(WRITTEN // batch):
+            ids = dense.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=seqlen - 1, **options)
+            found.append(ids)
+    windows = torch.cat(found).clone()
+    if file is not None:
+        torch.save(windows, file)
+    return windows
 
 
 def repaired(shared: Path, results: dict[str, Any], redo: bool, minutes: float, cache: Path | None) -> None:
@@ -53,7 +77,7 @@ def repaired(shared: Path, results: dict[str, Any], redo: bool, minutes: float, 
     if not redo and all(label in table for label in labels):
         return
     dense, calibration, judge = stories(shared)
-    learn = {"data": lessons(shared), "compute": "bfloat16"}
+    learn = {"data": lessons(shared, dense, cache), "compute": "bfloat16"}
     model = copy.deepcopy(dense)
 
     def row(label: str, start: float, back: nn.Module | None = None, **facts: Any) -> None:
@@ -72,7 +96,8 @@ def repaired(shared: Path, results: dict[str, Any], redo: bool, minutes: float, 
         model.load_state_dict(torch.load(file, weights_only=True))
     else:
         start = time.perf_counter()
-        made = pumice.prune(model, "alps-dense", pattern="1x16", density=0.5, data=calibration, compute="bfloat16")
+        method = {"pattern": "1x16", "density": 0.5, "allocation": "dp"}
+        made = pumice.prune(model, "alps-dense", data=calibration, compute="bfloat16", **method)
         row(labels[0], start, density=round(made.density, 4), recipe=made.recipe)
         start = time.perf_counter()
         with torch.enable_grad():
@@ -81,7 +106,8 @@ def repaired(shared: Path, results: dict[str, Any], redo: bool, minutes: float, 
         if file is not None:
             torch.save(model.state_dict(), file)
     start = time.perf_counter()
-    options = {"recover": "obs", "pattern": "1x16", "density": 0.5, "values": "int4"}
+    # By magnitude over all layers, so that every layer keeps the groups that it has.
+    options = {"recover": "obs", "pattern": "1x16", "density": 0.5, "values": "int4", "allocation": "global"}
     made = pumice.prune(model, "magnitude", data=calibration, compute="bfloat16", **options)
     back, bits, layouts = stored(model, lambda: copy.deepcopy(dense))
     row(labels[2], start, back, bits_per_weight=round(bits, 3), stored=layouts, recipe=made.recipe)
