@@ -3,6 +3,7 @@
 Where there is no C++ compiler the installation still succeeds, says what is lost, and runs on PyTorch alone.
 """
 
+import os
 import sys
 import sysconfig
 from pathlib import Path
@@ -16,6 +17,10 @@ MSVC = sys.platform == "win32"
 FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno"]
 if sys.platform.startswith("linux"):
     FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC's own AVX-512 headers set them off
+# For tests/test_sanitizers.py: a build that stops at the first bad access or undefined operation.
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if os.environ.get("PUMICE_SANITIZE") else []
+if SANITIZE:
+    FLAGS += ["-O1", "-g1", "-fno-omit-frame-pointer", "-DPUMICE_UNROLL=", *SANITIZE]
 # The stable ABI does not exist for free-threaded Python, which then gets a build of its own.
 STABLE = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
@@ -53,7 +58,7 @@ native = Extension(
     define_macros=[("Py_LIMITED_API", "0x030A0000")] if STABLE else [],
     py_limited_api=STABLE,
     extra_compile_args=["/O2", "/std:c++17"] if MSVC else FLAGS,
-    extra_link_args=[] if MSVC else (["-pthread"] if sys.platform.startswith("linux") else []),
+    extra_link_args=[] if MSVC else [*(["-pthread"] if sys.platform.startswith("linux") else []), *SANITIZE],
     optional=True,
 )
 

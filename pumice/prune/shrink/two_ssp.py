@@ -39,7 +39,7 @@ def two_ssp(
     the same number of neurons.
     Stage 1: a neuron's score is the L2 norm over the tokens of a sample of what it sends to the FFN's last layer, averaged
     over samples. Stage 2: one after the other, the attention (with its norm) goes without which the calibration loss is
-    lowest, measured on the model as it is by then. Formula, α and the order were checked against the authors' program,
+    lowest, measured on the model as it is by then. Formula, α and the order follow the method's public implementation,
     which measures stage 2 on one window of 2048 tokens.
 
     Not in the paper: `refit`, a least-squares fit of the FFN's last layer to the neurons that stay ("layer": to its own
