@@ -23,7 +23,8 @@ def _state(tensor: Tensor) -> tuple[int, int]:
 def derived(sources: Sequence[Tensor], make: Callable[[], Made]) -> Made:
     """What `make()` gives for these tensors: made once, and again when one of them was replaced or changed in place.
 
-    It lives no longer than the first of them, and only one thing is kept for each first tensor.
+    It lives no longer than the first of them, and only one thing is kept for each first tensor. Changes that PyTorch does
+    not count (through `.data`) are not seen.
     """
     state = [_state(tensor) for tensor in sources]
     found = _kept.get(sources[0])
