@@ -112,21 +112,43 @@ struct Widened {
   explicit Widened(uint16_t v) : bits((uint32_t)v << 16) {}
 };
 
+struct Turn {
+  const void* x;
+  int64_t rows, I, padded, width;
+  void* out;
+  int64_t pieces;
+};
+
+constexpr int64_t kBlock = 32;  // columns whose transposed rows stay in the first cache
+
+// Columns [begin, end) of x to rows of `out`; begin is a multiple of kBlock.
 template <class From, class To>
-void transpose(const From* x, int64_t rows, int64_t I, int64_t padded, int64_t width, To* out) {
-  constexpr int64_t kBlock = 32;  // columns whose rows of `out` stay in the first cache
-  memset(out + I * width, 0, (size_t)((padded - I) * width) * sizeof(To));
-  for (int64_t i = 0; i < I; i += kBlock) {
-    const int64_t end = std::min(I, i + kBlock);
-    if (rows < width) memset(out + i * width, 0, (size_t)((end - i) * width) * sizeof(To));
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = i; c < end; ++c) out[c * width + r] = (To)x[r * I + c];
+void transpose(const Turn& t, int64_t begin, int64_t end) {
+  To* out = (To*)t.out;
+  for (int64_t i = begin; i < end; i += kBlock) {
+    const int64_t stop = std::min(end, i + kBlock), inside = std::min(stop, t.I);
+    if (t.rows < t.width || inside < stop) memset(out + i * t.width, 0, (size_t)((stop - i) * t.width) * sizeof(To));
+    for (int64_t r = 0; r < t.rows; ++r) {
+      const From* x = (const From*)t.x + r * t.I;
+      for (int64_t c = i; c < inside; ++c) out[c * t.width + r] = (To)x[c];
+    }
   }
 }
 
-bool run_job(Job& job, int64_t work, int64_t threads) {
-  const int64_t chunks = chunk_count(*job.w);
-  job.pieces = std::max<int64_t>(1, std::min({work / kWorkPerThread, threads, chunks}));
+template <class From, class To>
+void transpose_pieces(int64_t first, int64_t last, void* context) {
+  const Turn& t = *(Turn*)context;
+  const int64_t blocks = t.padded / kBlock;
+  transpose<From, To>(t, blocks * first / t.pieces * kBlock, blocks * last / t.pieces * kBlock);
+}
+
+int64_t piece_count(const Tiles& w, int64_t rows, int64_t threads) {
+  const int64_t work = w.starts[chunk_count(w) * tile_count(w)] * rows;
+  return std::max<int64_t>(1, std::min({work / kWorkPerThread, threads, chunk_count(w)}));
+}
+
+bool run_job(Job& job, int64_t threads) {
+  job.pieces = piece_count(*job.w, job.rows < 4 ? 1 : job.rows / 4, threads);
   parallel(job.pieces, run_pieces, &job);
   return !job.out_of_memory;
 }
@@ -147,7 +169,7 @@ bool run_few(Job& job, const void* x, bool widened, int64_t threads) {
       copy_rows((const uint16_t*)x, job.rows, w.I, padded, (uint16_t*)copy);
     job.x = copy;
   }
-  return run_job(job, w.starts[chunk_count(w) * tile_count(w)], threads);
+  return run_job(job, threads);
 }
 
 bool run_many(Job& job, const void* x, int64_t width, bool widened, int64_t threads) {
@@ -156,14 +178,14 @@ bool run_many(Job& job, const void* x, int64_t width, bool widened, int64_t thre
   const bool wide = w.dtype == kF32 || widened;
   void* turned = scratch(1, (size_t)(padded * width * (wide ? 4 : 2)));
   if (!turned) return false;
-  if (w.dtype == kF32)
-    transpose((const uint32_t*)x, job.rows, w.I, padded, width, (uint32_t*)turned);
-  else if (wide)
-    transpose((const uint16_t*)x, job.rows, w.I, padded, width, (Widened*)turned);
-  else
-    transpose((const uint16_t*)x, job.rows, w.I, padded, width, (uint16_t*)turned);
+  Turn turn = {x, job.rows, w.I, padded, width, turned, piece_count(w, 1, threads)};
+  parallel(turn.pieces,
+           w.dtype == kF32 ? transpose_pieces<uint32_t, uint32_t>
+           : wide          ? transpose_pieces<uint16_t, Widened>
+                           : transpose_pieces<uint16_t, uint16_t>,
+           &turn);
   job.x = turned, job.stride = width, job.room = (size_t)(w.height * width) * sizeof(float);
-  return run_job(job, w.starts[chunk_count(w) * tile_count(w)] * 4, threads);
+  return run_job(job, threads);
 }
 
 }  // namespace

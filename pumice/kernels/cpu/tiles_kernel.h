@@ -75,8 +75,16 @@ inline void many_slice(const typename Isa::T* v, const uint8_t* c, int64_t steps
     for (int64_t s = 0; s < steps; ++s, pair += kStep, at += kStep) {
       if (l == 0) Isa::fetch(pair, at);
       PUMICE_UNROLL
-      for (int m = 0; m < M; ++m)
-        Isa::step(acc[m], pair + 2 * m, x + at[2 * m] * Isa::kWidth, x + at[2 * m + 1] * Isa::kWidth);
+      for (int m = 0; m < M; ++m) {
+        uint64_t offsets;  // eight at once: loads are what there is least of
+        if constexpr (M % 4 == 0)
+          memcpy(&offsets, at + m / 4 * 8, 8);
+        else
+          offsets = (uint64_t)(at[2 * m] | at[2 * m + 1] << 8) << m % 4 * 16;
+        const int shift = m % 4 * 16;
+        Isa::step(acc[m], pair + 2 * m, x + (offsets >> shift & 0xff) * Isa::kWidth,
+                  x + (offsets >> (shift + 8) & 0xff) * Isa::kWidth);
+      }
     }
     PUMICE_UNROLL
     for (int m = 0; m < M; ++m)
