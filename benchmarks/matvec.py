@@ -41,11 +41,15 @@ def cases(size: int, dtype: torch.dtype) -> dict[str, Packed]:
     for density in (0.5, 0.2, 0.1):
         mask = select.blocks(w.abs(), 16, 32, density)
         made[f"block 16x32, {1 - density:.0%} zeros"] = pack((w * mask).to(dtype), "block", r=16, c=32)
+    for n, m in ((2, 4), (4, 8)):
+        made[f"nm {n}:{m}"] = pack((w * select.n_of_m(w.abs(), n, m)).to(dtype), "nm", n=n, m=m)
+    for density in (0.1, 0.05):
+        made[f"csr, {1 - density:.0%} zeros"] = pack((w * select.layer(w.abs(), density)).to(dtype), "csr")
     return made
 
 
 def rotation(packed: Packed, backend: dispatch.Backend, x: Tensor, cold: int) -> Callable[[], None]:
-    copies = max(2, -(-cold // packed.nbytes))
+    copies = max(2, -(-cold // max(packed.nbytes, backend.extra(packed))))
     runs = [
         backend.prepare(
             Packed(
@@ -136,7 +140,10 @@ def main() -> None:
             for name, found in times.items():
                 best = min(found, key=lambda backend: found[backend])
                 line = {"threads": threads, "rows": rows, "case": name, "ms": found, "best": best}
-                results.append({**line, "speedup": round(dense / found[best], 2), "bytes": layers[name].nbytes})
+                # What the backend keeps beside the stored matrix: weights in another order, positions in another form.
+                beside = dispatch.get("linear", layers[name].layout, best).extra(layers[name])
+                sizes = {"bytes": layers[name].nbytes, "bytes_beside": beside}
+                results.append({**line, "speedup": round(dense / found[best], 2), **sizes})
                 print(
                     f"{threads} threads, {rows:3d} rows, {name:24s} {best:8s} {found[best]:8.3f} ms  {dense / found[best]:5.2f}x"
                 )

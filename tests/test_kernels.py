@@ -24,8 +24,20 @@ from pumice.kernels import cpu_backend, features, ops, reference  # noqa: E402
 ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
 LAYOUTS = {"bitmask": {}, "nm": {"n": 2, "m": 4}, "block": {"r": 4, "c": 8}, "csr": {}}
 ROWS = (*range(18), 33, 130)
+ANYHOW = ("bitmask", "csr")
+"""Layouts that take any zeros."""
+NATIVE = {"bitmask": {"decode", "panel"}, "nm": {"decode", "panel"}, "block": {"decode", "panel"}, "csr": {"tiles"}}
 SHAPES = {
-    "bitmask": ((1, 1), (3, 7), (33, 65), (5, 1000), (130, 128), (40, 64)),
+    "anyhow": ((1, 1), (3, 7), (33, 65), (5, 1000), (130, 128), (40, 64), (300, 513), (17, 256)),
+    "nm": (
+        (3, 4, 1, 4),
+        (33, 68, 2, 4),
+        (7, 30, 3, 10),
+        (16, 72, 4, 8),
+        (130, 128, 2, 4),
+        (4, 96, 16, 32),
+        (5, 21, 2, 3),
+    ),
     "block": (
         (1, 1, 1, 1),
         (6, 10, 3, 5),
@@ -92,6 +104,11 @@ def check(y: torch.Tensor, x: torch.Tensor, packed: base.Packed, bias: torch.Ten
     assert error <= 2 * allowed + luck or not y.numel()
 
 
+def few(layout: str) -> str:
+    """The C++ backend for few rows."""
+    return "tiles" if layout == "csr" else "decode"
+
+
 def backends_for(packed: base.Packed, rows: int) -> list[dispatch.Backend]:
     call = dispatch.Call("linear", packed.layout, packed.dtype, "cpu", rows, packed.shape, packed.params)
     return [backend for backend, reason in dispatch.candidates(call) if reason is None]
@@ -110,9 +127,41 @@ def sweep(packed: base.Packed, bias: torch.Tensor | None) -> set[str]:
 
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_bitmask_kernels_of_every_instruction_set(isa, dtype):
-    for o, i in SHAPES["bitmask"]:
-        assert {"decode", "panel"} <= sweep(matrix("bitmask", o, i, dtype), torch.randn(o).to(dtype))
+@pytest.mark.parametrize("layout", ANYHOW)
+def test_kernels_for_any_zeros_of_every_instruction_set(isa, layout, dtype):
+    for o, i in SHAPES["anyhow"]:
+        for density in (0.5, 0.07):
+            packed = matrix(layout, o, i, dtype, density=density)
+            assert NATIVE[layout] <= sweep(packed, torch.randn(o).to(dtype))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_n_of_m_kernels_of_every_instruction_set(isa, dtype):
+    for o, i, n, m in SHAPES["nm"]:
+        packed = matrix("nm", o, i, dtype, {"n": n, "m": m})
+        assert NATIVE["nm"] <= sweep(packed, torch.randn(o).to(dtype))
+
+
+@needs_native
+def test_rows_of_very_different_lengths_in_tiles(isa):
+    for dtype in (torch.bfloat16, torch.float32):
+        w_OI = torch.randn(1100, 600)
+        # From empty to full, in no order; an empty tile and an empty chunk of rows among them.
+        w_OI *= torch.rand(1100, 600) < torch.rand(1100, 1).square()
+        w_OI[:, 256:512] = 0
+        w_OI[128:256] = 0
+        assert NATIVE["csr"] <= sweep(base.pack(w_OI.to(dtype), "csr"), torch.randn(1100).to(dtype))
+
+
+@needs_native
+def test_columns_beyond_sixteen_bits(isa):
+    for dtype in (torch.bfloat16, torch.float32):
+        packed = matrix("csr", 20, 65600, dtype, density=0.01)
+        assert packed.tensors["columns"].dtype is torch.int32
+        for rows in (1, 5):
+            x = torch.randn(rows, 65600).to(dtype)
+            check(dispatch.get("linear", "csr", "tiles").prepare(packed, None)(x), x, packed, None)
 
 
 @needs_native
@@ -120,37 +169,39 @@ def test_bitmask_kernels_of_every_instruction_set(isa, dtype):
 def test_block_kernels_of_every_instruction_set(isa, dtype):
     for o, i, r, c in SHAPES["block"]:
         packed = matrix("block", o, i, dtype, {"r": r, "c": c})
-        assert {"decode", "panel"} <= sweep(packed, torch.randn(o).to(dtype))
+        assert NATIVE["block"] <= sweep(packed, torch.randn(o).to(dtype))
 
 
 @needs_native
-@pytest.mark.parametrize("layout", ["bitmask", "block"])
+@pytest.mark.parametrize("layout", ["bitmask", "block", "csr"])
 @pytest.mark.parametrize("density", [0.0, 1.0])
 def test_empty_and_full_matrices(isa, layout, density):
     for dtype in (torch.bfloat16, torch.float32):
         packed = matrix(layout, 24, 72, dtype, density=density)
         sweep(packed, None)
-        run = dispatch.get("linear", layout, "decode").prepare(packed, torch.full((24,), 3.0))
+        run = dispatch.get("linear", layout, few(layout)).prepare(packed, torch.full((24,), 3.0))
         if not density:
             assert (run(torch.randn(2, 72).to(dtype)) == 3).all()
 
 
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("layout", ["bitmask", "block"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_as_many_threads_as_torch_has_give_the_same_bits(isa, layout, dtype):
     # Large enough that threads are used at all; the uneven rows make odd shares.
     packed = matrix(layout, 516, 1024, dtype)
-    for name in ("decode", "panel"):
+    for name in NATIVE[layout]:
         run = dispatch.get("linear", layout, name).prepare(packed, None)
-        for rows in (1, 3, 6, 16):
+        for rows in (1, 3, 6, 16, 40):
+            if name == "decode" and rows > cpu_backend.DECODE_ROWS[layout]:
+                continue
             x = torch.randn(rows, 1024).to(dtype)
             torch.set_num_threads(1)
             alone = run(x)
             check(alone, x, packed, None)
             for threads in (2, 3):
                 torch.set_num_threads(threads)
-                if name == "decode":
+                if name != "panel":
                     assert torch.equal(run(x), alone)
                 else:
                     check(run(x), x, packed, None)
@@ -159,7 +210,7 @@ def test_as_many_threads_as_torch_has_give_the_same_bits(isa, layout, dtype):
 @needs_native
 def test_panel_of_many_slices_and_float16(monkeypatch, isa):
     monkeypatch.setattr(cpu_backend, "PANEL_BYTES", 1)
-    for layout in ("bitmask", "block"):
+    for layout in ("bitmask", "block", "nm"):
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             packed = matrix(layout, 200, 64, dtype)
             bias, x = torch.randn(200).to(dtype), torch.randn(9, 64).to(dtype)
@@ -192,15 +243,15 @@ def test_threads_of_its_own_where_torch_lends_none():
 
 
 @needs_native
-@pytest.mark.parametrize("layout", ["bitmask", "block"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_x_may_lie_anyhow_but_must_fit(layout):
     packed = matrix(layout, 16, 64, torch.float32)
-    run = dispatch.get("linear", layout, "decode").prepare(packed, None)
+    run = dispatch.get("linear", layout, few(layout)).prepare(packed, None)
     columns, strided = torch.randn(64, 4).t(), torch.randn(4, 128)[:, ::2]
     for x in (columns, strided):
         assert not x.is_contiguous()
         check(run(x), x, packed, None)
-    for name in ("decode", "panel"):
+    for name in NATIVE[layout]:
         run = dispatch.get("linear", layout, name).prepare(packed, None)
         for x in (torch.randn(2, 63), torch.randn(2, 64).bfloat16()):
             with pytest.raises(PumiceError, match=r"takes \[rows, 64\] torch.float32"):
@@ -208,13 +259,16 @@ def test_x_may_lie_anyhow_but_must_fit(layout):
 
 
 @needs_native
-def test_not_a_number_is_not_hidden(isa):
-    packed = matrix("bitmask", 8, 64, torch.bfloat16, density=1.0)
-    x = torch.randn(2, 64).bfloat16()
-    x[1, 5] = float("nan")
-    y = dispatch.get("linear", "bitmask", "decode").prepare(packed, None)(x)
-    assert y[0].isfinite().all()
-    assert y[1].isnan().all()
+@pytest.mark.parametrize("layout", ANYHOW)
+def test_not_a_number_is_not_hidden(isa, layout):
+    packed = matrix(layout, 8, 64, torch.bfloat16, density=1.0)
+    for rows in (2, 7):
+        x = torch.randn(rows, 64).bfloat16()
+        x[1, 5] = float("nan")
+        y = dispatch.get("linear", layout, few(layout)).prepare(packed, None)(x)
+        assert y[0].isfinite().all()
+        assert y[1].isnan().all()
+        assert y[2:].isfinite().all()
 
 
 @needs_native
@@ -229,6 +283,59 @@ def test_positions_that_point_outside_are_refused():
         packed.tensors[name][1] = spoil
         with pytest.raises(PumiceError, match="point outside"):
             cpu_backend.Plan(packed, None)
+    for name, spoil in (("columns", 64), ("row_starts", 9999), ("row_starts", -1)):
+        packed = matrix("csr", 8, 64, torch.float32)
+        packed.tensors[name] = packed.tensors[name].clone()
+        packed.tensors[name][1] = spoil
+        with pytest.raises(PumiceError, match="point outside"):
+            dispatch.get("linear", "csr", "tiles").prepare(packed, None)
+    packed = matrix("csr", 8, 64, torch.float32)
+    packed.tensors["columns"] = packed.tensors["columns"][:-1]
+    with pytest.raises(PumiceError, match="damaged"):
+        dispatch.get("linear", "csr", "tiles").prepare(packed, None)
+    packed = matrix("nm", 8, 64, torch.float32)
+    packed.tensors["codes"] = torch.full_like(packed.tensors["codes"], 255)
+    with pytest.raises(PumiceError, match="no choice of positions"):
+        cpu_backend.Plan(packed, None)
+    packed.tensors["values"] = packed.tensors["values"][:, 1:]
+    with pytest.raises(PumiceError, match="values are stored"):
+        cpu_backend.Plan(packed, None)
+
+
+@needs_native
+@pytest.mark.parametrize(("layout", "make"), [("nm", "nm_bitmask"), ("csr", "fill_tiles")])
+def test_what_is_derived_is_made_once_counted_and_made_again_after_a_change(layout, make, monkeypatch):
+    from pumice.engine.bench import model_bytes
+    from pumice.weights.modules import SparseLinear
+
+    native, made = cpu_backend.native, []
+
+    class Counted:
+        def __getattr__(self, name):
+            if name == make:
+                made.append(name)
+            return getattr(native, name)
+
+    monkeypatch.setattr(cpu_backend, "native", Counted())
+    torch.use_deterministic_algorithms(False)
+    layer = SparseLinear(matrix(layout, 64, 128, torch.float32, density=0.1))
+    stored = model_bytes(layer)
+    assert layer.derived_nbytes == 0
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    for rows in (1, 40, 2):
+        x = torch.randn(rows, 128)
+        with torch.inference_mode():
+            torch.testing.assert_close(layer(x), F.linear(x, layer.dense_weight()), rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), layer(x))
+    assert len(made) == 1
+    least = 64 * 128 // 8 if layout == "nm" else 5 * int((layer.values != 0).sum())
+    assert least <= layer.derived_nbytes <= 4 * least
+    assert model_bytes(layer) == stored + layer.derived_nbytes
+    with torch.no_grad():
+        layer.values.mul_(2)
+        torch.testing.assert_close(layer(x), F.linear(x, layer.dense_weight()), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(compiled(x), layer(x))
 
 
 GUARDED = """
@@ -237,7 +344,7 @@ GUARDED = """
     from pumice.core import dispatch
     from pumice.weights.layouts import base
     dispatch.discover()
-    from pumice.kernels import cpu_backend
+    from pumice.kernels import cpu_backend, csr_cpu
 
     libc = ctypes.CDLL(None, use_errno=True)
     page, held = mmap.PAGESIZE, []
@@ -261,12 +368,26 @@ GUARDED = """
         cpu_backend.force(isa)
         for dtype in (torch.bfloat16, torch.float32):
             for layout, params, o, i in (("bitmask", {}, 5, 64), ("bitmask", {}, 3, 200), ("bitmask", {}, 4, 7),
-                                         ("block", {"r": 4, "c": 8}, 8, 64), ("block", {"r": 2, "c": 33}, 8, 66)):
-                packed = base.pack(torch.randn(o, i).to(dtype), layout, **params)
+                                         ("block", {"r": 4, "c": 8}, 8, 64), ("block", {"r": 2, "c": 33}, 8, 66),
+                                         ("nm", {"n": 2, "m": 4}, 5, 64), ("nm", {"n": 2, "m": 3}, 4, 9),
+                                         ("csr", {}, 5, 64), ("csr", {}, 33, 300), ("csr", {}, 4, 7)):
+                w_OI = torch.randn(o, i)
+                if layout == "nm":
+                    w_OI = w_OI.unflatten(1, (-1, params["m"]))
+                    w_OI[..., params["n"]:] = 0
+                    w_OI = w_OI.flatten(1)
+                packed = base.pack(w_OI.to(dtype), layout, **params)
                 packed.tensors = {name: at_the_end(tensor) for name, tensor in packed.tensors.items()}
-                for name in ("decode", "panel"):
+                if layout == "csr":
+                    # The kernels read the tiles: those must not be left either.
+                    tiles = csr_cpu._tiles(packed, *packed.tensors.values())
+                    ends = [at_the_end(part) if isinstance(part, torch.Tensor) else part for part in tiles]
+                    csr_cpu.tiles_of = lambda packed, ends=ends: csr_cpu.Tiles(*ends)
+                for name in ("tiles",) if layout == "csr" else ("decode", "panel"):
                     run = dispatch.get("linear", layout, name).prepare(packed, None)
-                    for rows in (1, 3, 9):
+                    for rows in (1, 2, 3, 9, 20):
+                        if name == "decode" and rows > cpu_backend.DECODE_ROWS[layout]:
+                            continue
                         run(at_the_end(torch.randn(rows, i).to(dtype)))
     print("read nothing beyond")
 """
@@ -408,7 +529,8 @@ def test_gradients_equal_those_of_a_masked_dense_layer(layout, dtype):
     torch.testing.assert_close(values.grad.flatten(), weight.grad.flatten()[places], rtol=tolerance, atol=tolerance)
 
 
-def test_compiles_into_one_graph_shared_by_layers_of_one_shape():
+@pytest.mark.parametrize("layout", ANYHOW)
+def test_compiles_into_one_graph_shared_by_layers_of_one_shape(layout):
     torch.use_deterministic_algorithms(False)
     graphs = []
 
@@ -419,7 +541,7 @@ def test_compiles_into_one_graph_shared_by_layers_of_one_shape():
     compiled = torch.compile(lambda packed, x: ops.traced_linear(packed, None, x).relu(), backend=count, fullgraph=True)
     x = torch.randn(3, 32)
     for density in (0.3, 0.5, 0.6, 0.7):
-        packed = matrix("bitmask", 16, 32, torch.float32, density=density)
+        packed = matrix(layout, 16, 32, torch.float32, density=density)
         torch.testing.assert_close(compiled(packed, x), reference.linear(x, packed).relu())
     assert len(graphs) <= 2  # the second size makes the payload's length symbolic, the rest share that graph
 

@@ -31,7 +31,7 @@ def clock(fast: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_timing, "time_in_turns", timed)
 
 
-@pytest.mark.parametrize("fast", ["bitmask", "dense"])
+@pytest.mark.parametrize("fast", ["bitmask", "csr", "dense"])
 def test_the_fastest_layout_is_kept_and_the_reason_told(fast, monkeypatch):
     clock(fast, monkeypatch)
     net = model()
@@ -47,6 +47,21 @@ def test_the_fastest_layout_is_kept_and_the_reason_told(fast, monkeypatch):
         assert layer.density == pytest.approx(0.5, abs=0.01)
     assert isinstance(packed[0], SparseLinear) or fast == "dense"
     torch.testing.assert_close(packed(x), before, rtol=1e-4, atol=1e-4)
+
+
+def test_of_several_parameters_of_one_layout_the_fastest_are_kept(monkeypatch):
+    def timed(runs):
+        for timing, run in runs:
+            run()
+            timing.ms = 1.0 if timing.params == {"r": 8, "c": 8} else 2.0
+
+    monkeypatch.setattr(layer_timing, "time_in_turns", timed)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64))
+    with torch.no_grad():
+        net[0].weight[:32, :32] = 0
+    layer = pumice.describe(pumice.pack(net, progress=False, remeasure=True)).layers[0]
+    assert (layer.layout, layer.params, layer.ms) == ("block", {"r": 8, "c": 8}, {1: 1.0})
 
 
 def test_what_was_measured_here_is_not_measured_again(monkeypatch, tmp_path):

@@ -46,13 +46,18 @@ class Call:
 Run = Callable[..., Tensor]
 
 
+def _nothing(packed: Any) -> int:
+    return 0
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way to run `op` on a matrix stored in `layout`.
 
     `refuse(call)` is None or the reason why not, for a human. `prepare(packed, bias)` binds the state of one layer
     and returns `run(x_RI) -> y_RO`, which is the hot path: for inference only, it keeps no gradients. Among those
-    that do not refuse, the highest `priority` is taken where nobody has measured.
+    that do not refuse, the highest `priority` is taken where nobody has measured. `extra(packed)` is what a bound layer
+    keeps in memory beside the stored tensors, in bytes: a copy in another order, positions in another form.
     """
 
     name: str
@@ -62,6 +67,7 @@ class Backend:
     prepare: Callable[[Any, Tensor | None], Run]
     priority: int = 0
     summary: str = ""
+    extra: Callable[[Any], int] = _nothing
 
 
 _backends: dict[tuple[str, str, str], Backend] = {}

@@ -21,6 +21,7 @@ from pumice.core.errors import PumiceError
 from pumice.engine.data import as_inputs
 from pumice.engine.logits import device_of, evaluating, to_device
 from pumice.engine.models import context_length, model_kind
+from pumice.weights.modules import SparseModule
 
 
 @dataclass
@@ -142,14 +143,16 @@ def rows_of(model: nn.Module, batch: Sequence[int], tokens: int) -> list[int]:
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers in memory, each storage counted once (tied weights, views)."""
+    """Bytes of a model in memory: parameters and buffers, each storage counted once (tied weights, views), and what the
+    backends of sparse layers keep beside them."""
     storages: dict[tuple[str, int], int] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         storage = tensor.untyped_storage()
         # An empty storage has no address of its own, and would hide or be hidden by others.
         if storage.nbytes():
             storages[(str(tensor.device), storage.data_ptr())] = storage.nbytes()
-    return sum(storages.values())
+    beside = sum(module.derived_nbytes for module in model.modules() if isinstance(module, SparseModule))
+    return sum(storages.values()) + beside
 
 
 def _models(model: nn.Module | Mapping[str, nn.Module], against: str | nn.Module | None) -> dict[str, nn.Module]:

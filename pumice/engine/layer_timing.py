@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ class Timing:
     rows: int
     ms: float | None = None
     reason: str | None = None
+    params: dict[str, int] = field(default_factory=dict)
+    """Of the layout: one matrix may fit several N:M or several block sizes."""
 
 
 @dataclass
@@ -53,7 +55,7 @@ class Verdict:
         return next(
             t.ms
             for t in self.timings
-            if (t.layout, t.backend, t.rows) == (self.layout, self.backends[rows], rows) and t.ms
+            if (t.layout, t.params, t.backend, t.rows) == (self.layout, self.params, self.backends[rows], rows) and t.ms
         )
 
 
@@ -79,7 +81,7 @@ def measure(packed: Packed, batch: Sequence[int], budget: int) -> Verdict:
         for candidate in candidates:
             call = Call("linear", candidate.layout, candidate.dtype, "cpu", rows, candidate.shape, candidate.params)
             for backend, reason in dispatch.candidates(call):
-                timing = Timing(candidate.layout, backend.name, rows, reason=reason)
+                timing = Timing(candidate.layout, backend.name, rows, None, reason, dict(candidate.params))
                 timings.append(timing)
                 if reason is None:
                     runs.append((timing, _rotation(candidate, backend, x, budget)))
@@ -121,14 +123,15 @@ def time_in_turns(runs: list[tuple[Timing, Callable[[], None]]]) -> None:
 
 
 def _judge(candidates: list[Packed], timings: list[Timing], batch: Sequence[int], points: Sequence[int]) -> Verdict:
-    def best(layout: str, rows: int) -> Timing | None:
-        ran = [t for t in timings if t.layout == layout and t.rows == rows and t.ms is not None]
+    def best(packed: Packed, rows: int) -> Timing | None:
+        wanted = (packed.layout, packed.params, rows)
+        ran = [t for t in timings if (t.layout, t.params, t.rows) == wanted and t.ms is not None]
         return min(ran, key=lambda t: t.ms or math.inf) if ran else None
 
-    dense = {rows: timing for rows in points if (timing := best("dense", rows)) is not None}
+    dense = {rows: timing for rows in points if (timing := best(candidates[0], rows)) is not None}
     scores: dict[int, float] = {}
     for index, candidate in enumerate(candidates):
-        found = [best(candidate.layout, rows) for rows in batch]
+        found = [best(candidate, rows) for rows in batch]
         if all(timing is not None for timing in found):
             logs = [math.log((dense[t.rows].ms or 1) / (t.ms or 1)) for t in found if t is not None]
             scores[index] = math.exp(sum(logs) / len(logs))
@@ -138,7 +141,7 @@ def _judge(candidates: list[Packed], timings: list[Timing], batch: Sequence[int]
         winner = 0
     reason = _reason(candidates, scores, winner, batch)
     chosen = candidates[winner]
-    backends = {rows: timing.backend for rows in points if (timing := best(chosen.layout, rows)) is not None}
+    backends = {rows: timing.backend for rows in points if (timing := best(chosen, rows)) is not None}
     return Verdict(chosen.layout, chosen.params, backends, timings, dense, reason)
 
 

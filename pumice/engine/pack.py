@@ -43,6 +43,7 @@ class LayerChoice:
     dense_ms: dict[int, float]
     """Rows -> milliseconds of the best dense backend in the same run."""
     bytes: int
+    """In memory: what is stored, and what its backends keep beside it."""
     dense_bytes: int
     reason: str
     timings: list[Timing] = field(default_factory=list)
@@ -259,8 +260,9 @@ def _apply(
         else:
             new = SparseLinear.from_module(module, target)
         new.set_backends(_plan(target, verdict.backends))
-        # oneDNN keeps its own reordered copy beside the weight.
-        stored = target.nbytes + (target.dense_nbytes if "onednn" in verdict.backends.values() else 0)
+        # What backends share with each other is given by one function, so that it counts once.
+        extras = {dispatch.get("linear", target.layout, name).extra for name in verdict.backends.values()}
+        stored = new.packed.nbytes + sum(extra(new.packed) for extra in extras)
     choice = LayerChoice(
         name,
         packed.shape,

@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,8 @@ from torch import Tensor
 
 from pumice.core.dispatch import Backend, Call, Run, limits, register
 from pumice.core.errors import PumiceError
+from pumice.kernels.derived import derived
+from pumice.weights.layouts.base import Packed
 
 try:
     from pumice import _native as _loaded  # pyright: ignore[reportAttributeAccessIssue]
@@ -30,12 +32,11 @@ else:
     _why = None
 native: Any = _loaded
 
-if TYPE_CHECKING:
-    from pumice.weights.layouts.base import Packed
-
 CODED = ("int8", "int8-bitmask", "int4", "int4-bitmask")
+# Layouts that run as another one, whose positions are made from theirs when a layer is bound.
+RUN_AS = {"nm": "bitmask", "int8-nm": "int8-bitmask"}
 # Skipping whole blocks saves arithmetic too, so it pays for longer.
-DECODE_ROWS = {"bitmask": 16, "block": 64, **dict.fromkeys(CODED, 16)}
+DECODE_ROWS = {"bitmask": 16, "block": 64, "nm": 16, "int8-nm": 16, **dict.fromkeys(CODED, 16)}
 DECODE_GROUPS = (16, 32)
 PANEL_BYTES = 4 << 20
 CODES = {torch.bfloat16: 0, torch.float32: 1, torch.float16: 2}
@@ -112,6 +113,34 @@ def row_starts(bitmask: Tensor, width: int) -> Tensor:
     return starts
 
 
+def nm_bitmask(codes: Tensor, width: int, n: int, m: int) -> Tensor:
+    """The positions of N:M codes as a bitmask: uint8 [O, bytes] to uint8 [O, ceil(I / 8)], kept while the codes live.
+
+    Raises:
+        ValueError: a code that stands for no choice of n from m.
+    """
+
+    def make() -> Tensor:
+        out = torch.empty(codes.shape[0], -(-width // 8), dtype=torch.uint8)
+        stored = codes.contiguous()
+        native.nm_bitmask(stored.data_ptr(), stored.shape[0], width, n, m, out.data_ptr())
+        return out
+
+    return derived((codes,), make)
+
+
+def _as_bitmask(packed: Packed) -> Packed:
+    """An N:M matrix as the bitmask kernels take it, its numbers shared."""
+    (outputs, width), n, m = packed.shape, packed.params["n"], packed.params["m"]
+    kept = width // m * n
+    others = {name: tensor for name, tensor in packed.tensors.items() if name != "codes"}
+    if others["values"].shape != (outputs, kept):
+        raise ValueError(f"{others['values'].numel()} values are stored")
+    mask = nm_bitmask(packed.tensors["codes"], width, n, m)
+    starts = torch.arange(outputs + 1, dtype=torch.int64) * kept
+    return Packed(RUN_AS[packed.layout], packed.shape, packed.dtype, {**others, "bitmask": mask, STARTS: starts})
+
+
 class Plan:
     """A stored matrix as the kernels take it: addresses checked once, and the tensors that they point into."""
 
@@ -119,11 +148,13 @@ class Plan:
         if native is None:
             raise PumiceError(f"layout={packed.layout!r} has no C++ kernel here: {missing()}.")
         self.shape, self.dtype = packed.shape, packed.dtype
-        stored = {name: tensor.detach().contiguous() for name, tensor in packed.tensors.items()}
         bias_O = None if bias is None else bias.detach().to(torch.float32).contiguous()
-        self.keep: list[Tensor | None] = [*stored.values(), bias_O]
         common = (0 if bias_O is None else bias_O.data_ptr(), *packed.shape)
         try:
+            if packed.layout in RUN_AS:
+                packed = _as_bitmask(packed)
+            stored = {name: tensor.detach().contiguous() for name, tensor in packed.tensors.items()}
+            self.keep: list[Tensor | None] = [*stored.values(), bias_O]
             if packed.layout in CODED:
                 self.handle = self._coded(packed, stored, common)
                 return
@@ -166,9 +197,10 @@ class Plan:
         return native.plan_coded(numbers.data_ptr(), count, *where, *common, group, CODES[packed.dtype])
 
 
-def _misfit(x_RI: Tensor, plan: Plan) -> PumiceError:
+def misfit(x_RI: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> PumiceError:
+    """What is wrong with an input that a layer of this shape and dtype cannot take."""
     return PumiceError(
-        f"x is {tuple(x_RI.shape)} {x_RI.dtype} on {x_RI.device}: this layer takes [rows, {plan.shape[1]}] {plan.dtype} on cpu."
+        f"x is {tuple(x_RI.shape)} {x_RI.dtype} on {x_RI.device}: this layer takes [rows, {shape[1]}] {dtype} on cpu."
     )
 
 
@@ -182,7 +214,7 @@ def decode(plan: Plan) -> Run:
     def run(x_RI: Tensor) -> Tensor:
         rows, width = x_RI.shape
         if width != inputs or x_RI.dtype is not dtype or not x_RI.is_cpu:
-            raise _misfit(x_RI, keep)
+            raise misfit(x_RI, keep.shape, dtype)
         if not x_RI.is_contiguous():
             x_RI = x_RI.contiguous()
         y_RO = empty((rows, outputs), dtype=dtype)
@@ -215,7 +247,7 @@ def panel(plan: Plan, bias: Tensor | None, granule: int = 1) -> Run:
 
     def run(x_RI: Tensor) -> Tensor:
         if x_RI.shape[1] != inputs or x_RI.dtype is not dtype or not x_RI.is_cpu:
-            raise _misfit(x_RI, keep)
+            raise misfit(x_RI, keep.shape, dtype)
         threads, w_PI = torch.get_num_threads(), _buffer(height, inputs, dtype)
         address = w_PI.data_ptr()
         if len(slices) == 1:
@@ -240,7 +272,7 @@ def _refuse_decode(call: Call) -> str | None:
 
 
 def _refuse_panel(call: Call) -> str | None:
-    dtypes = PRODUCTS if call.layout in CODED else tuple(CODES)
+    dtypes = PRODUCTS if RUN_AS.get(call.layout, call.layout) in CODED else tuple(CODES)
     return limits(call, devices=("cpu",), dtypes=dtypes) or missing()
 
 
@@ -252,14 +284,33 @@ def _prepare_panel(packed: Packed, bias: Tensor | None) -> Run:
     return panel(Plan(packed, None), bias, packed.params.get("r", 1))
 
 
-for _layout in ("bitmask", "block", *CODED):
+def _nm_extra(packed: Packed) -> int:
+    return packed.shape[0] * (-(-packed.shape[1] // 8) + 8)
+
+
+for _layout in DECODE_ROWS:
+    _extra = {"extra": _nm_extra} if _layout in RUN_AS else {}
     register(
         Backend(
-            "decode", "linear", _layout, _refuse_decode, _prepare_decode, 30, "C++: weights streamed once, few rows"
+            "decode",
+            "linear",
+            _layout,
+            _refuse_decode,
+            _prepare_decode,
+            30,
+            "C++: weights streamed once, few rows",
+            **_extra,
         )
     )
     register(
         Backend(
-            "panel", "linear", _layout, _refuse_panel, _prepare_panel, 20, "C++ expands some rows, then dense product"
+            "panel",
+            "linear",
+            _layout,
+            _refuse_panel,
+            _prepare_panel,
+            20,
+            "C++ expands some rows, then dense product",
+            **_extra,
         )
     )

@@ -79,11 +79,21 @@ def _prepare_onednn(packed: Packed, bias: Tensor | None) -> Run:
     return _onednn(packed.tensors["weight"].detach().contiguous(), _bias(packed, bias))
 
 
+def _onednn_extra(packed: Packed) -> int:
+    return packed.dense_nbytes
+
+
 def _refuse_csr(call: Call) -> str | None:
     reason = limits(call, devices=("cpu",), dtypes=(torch.float32,))
     if reason is None and not torch.backends.mkl.is_available():
         return "this PyTorch is built without MKL, which its CSR products need"
     return reason
+
+
+def _csr_extra(packed: Packed) -> int:
+    # Columns in 32 bits.
+    columns = packed.tensors["columns"]
+    return 0 if columns.dtype is torch.int32 else 4 * columns.numel()
 
 
 def _prepare_csr(packed: Packed, bias: Tensor | None) -> Run:
@@ -108,10 +118,17 @@ def _prepare_csr(packed: Packed, bias: Tensor | None) -> Run:
 register(Backend("torch", "linear", "dense", _anything, _prepare_dense, 10, "F.linear on the dense weight"))
 register(
     Backend(
-        "onednn", "linear", "dense", _refuse_onednn, _prepare_onednn, 5, "oneDNN, weight copied in its blocked order"
+        "onednn",
+        "linear",
+        "dense",
+        _refuse_onednn,
+        _prepare_onednn,
+        5,
+        "oneDNN, weight copied in its blocked order",
+        _onednn_extra,
     )
 )
-register(Backend("mkl", "linear", "csr", _refuse_csr, _prepare_csr, 20, "MKL's sparse CSR product"))
+register(Backend("mkl", "linear", "csr", _refuse_csr, _prepare_csr, 20, "MKL's sparse CSR product", _csr_extra))
 for _info in registry.layout.members():
     if _info.name == "dense":
         continue

@@ -25,7 +25,7 @@ MAX_REMEMBERED = 4096
 class _Bound:
     """What the hot path needs of one layer, gathered once: backends bound to the tensors as they are now."""
 
-    __slots__ = ("bias", "by_backend", "dtype", "runs", "values", "version")
+    __slots__ = ("bias", "by_backend", "dtype", "extras", "runs", "values", "version")
 
     def __init__(self, values: Tensor, bias: Tensor | None) -> None:
         self.values, self.bias, self.dtype = values, bias, values.dtype
@@ -33,6 +33,7 @@ class _Bound:
         self.version = None if values.is_inference() else values._version
         self.runs: dict[int, Callable[[Tensor], Tensor]] = {}
         self.by_backend: dict[str, Callable[[Tensor], Tensor]] = {}
+        self.extras: set[Callable[[Any], int]] = set()
 
     def stale(self, parameters: Mapping[str, Tensor | None], name: str) -> bool:
         """Whether values or bias were replaced or changed in place since (an optimizer's step, for instance)."""
@@ -89,6 +90,11 @@ class SparseModule(nn.Module):
     def nbytes(self) -> int:
         """Bytes of the stored matrix, without the bias."""
         return self.packed.nbytes
+
+    @property
+    def derived_nbytes(self) -> int:
+        """Bytes that the backends bound so far keep beside the stored matrix: positions or weights in another form."""
+        return 0 if self._bound is None else sum(extra(self.packed) for extra in self._bound.extras)
 
     def dense_weight(self) -> Tensor:
         """The dense weight in the shape of the replaced module; gradients flow to `values`."""
@@ -180,9 +186,9 @@ class SparseModule(nn.Module):
         backend = dispatch.choose(call) if self.plan is None else self._planned(rows, call)
         if backend.name not in bound.by_backend:
             bias = None if bound.bias is None else bound.bias.detach()
-            detached = {name: tensor.detach() for name, tensor in packed.tensors.items()}
-            packed = Packed(packed.layout, packed.shape, packed.dtype, detached, packed.params)
+            # The tensors themselves, not detached ones: what is derived from them is found again by them.
             bound.by_backend[backend.name] = backend.prepare(packed, bias)
+            bound.extras.add(backend.extra)
         if len(bound.runs) >= MAX_REMEMBERED:
             bound.runs.clear()
         bound.runs[rows] = run = bound.by_backend[backend.name]

@@ -64,6 +64,14 @@ inline void fetch(const T* p, int64_t n) {
   for (int64_t byte = 0; byte < n * (int64_t)sizeof(T); byte += 64) _mm_prefetch((const char*)p + byte, _MM_HINT_T0);
 }
 
+}  // namespace
+}  // namespace pumice
+
+#include "avx2_tiles.h"
+
+namespace pumice {
+namespace {
+
 inline float sum(__m256 v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -209,10 +217,19 @@ struct Floats256 {
 
 const StagePiece stages[] = {stage_columns<Floats256<BF16>>, stage_columns<Floats256<float>>};
 
+template <class T>
+using Many8 = Many256<T, 1>;
+template <class T>
+using Many16 = Many256<T, 2>;
+const TileKernels tiles = {
+    {{1, few_product<Few256<BF16>>, true, {8, 16}, {many_product<Many8<BF16>>, many_product<Many16<BF16>>}, true},
+     {1, few_product<Few256<float>>, false, {8, 16}, {many_product<Many8<float>>, many_product<Many16<float>>}, false}}};
+
 }  // namespace
 
 const Kernels* avx2_kernels() { return &table; }
 const StagePiece* avx2_stages() { return stages; }
+const TileKernels* avx2_tiles() { return &tiles; }
 
 }  // namespace pumice
 
@@ -223,10 +240,12 @@ const StagePiece* avx2_stages() { return stages; }
 #else
 
 #include "grouped.h"
+#include "tiles.h"
 
 namespace pumice {
 const Kernels* avx2_kernels() { return nullptr; }
 const StagePiece* avx2_stages() { return nullptr; }
+const TileKernels* avx2_tiles() { return nullptr; }
 }  // namespace pumice
 
 #endif

@@ -15,6 +15,7 @@
 #include "coded.h"
 #include "avx512_coded.h"
 #include "avx512_grouped.h"
+#include "avx512_tiles.h"
 
 namespace pumice {
 namespace {
@@ -50,10 +51,17 @@ const Kernels table = {"avx512",
 
 const StagePiece stages[] = {stage_columns<Floats512<BF16>>, stage_columns<Floats512<float>>};
 
+typedef ManyFloats512<BF16> ManyBf16;
+typedef ManyFloats512<float> ManyFp32;
+const TileKernels tiles = {
+    {{3, few_product<FewWords512<InFloats512, 3>>, false, {16, 16}, {many_product<ManyBf16>, many_product<ManyBf16>}, true},
+     {1, few_product<FewFloats512>, false, {16, 16}, {many_product<ManyFp32>, many_product<ManyFp32>}, false}}};
+
 }  // namespace
 
 const Kernels* avx512_kernels() { return &table; }
 const StagePiece* avx512_stages() { return stages; }
+const TileKernels* avx512_tiles() { return &tiles; }
 
 }  // namespace pumice
 
@@ -64,10 +72,12 @@ const StagePiece* avx512_stages() { return stages; }
 #else
 
 #include "grouped.h"
+#include "tiles.h"
 
 namespace pumice {
 const Kernels* avx512_kernels() { return nullptr; }
 const StagePiece* avx512_stages() { return nullptr; }
+const TileKernels* avx512_tiles() { return nullptr; }
 }  // namespace pumice
 
 #endif

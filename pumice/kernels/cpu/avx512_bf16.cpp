@@ -18,6 +18,7 @@
 #include "coded.h"
 #include "avx512_coded.h"
 #include "avx512_grouped.h"
+#include "avx512_tiles.h"
 
 namespace pumice {
 namespace {
@@ -342,10 +343,62 @@ struct Pairs512 : Sums512 {
 
 const StagePiece stages[] = {stage_columns<Pairs512>, stage_columns<Floats512<float>>};
 
+struct InPairs512 {
+  static inline __m512 pairs(__m512 sum, __m512i w, __m512i x) { return _mm512_dpbf16_ps(sum, pumice::pairs(w), pumice::pairs(x)); }
+};
+
+// Two columns of transposed x, interleaved to pairs; the order of the rows that comes of it is undone at the end.
+struct ManyPairs512 {
+  typedef BF16 T;
+  typedef BF16 X;
+  typedef __m512 Reg;
+  static constexpr int kWidth = 32, kRegs = 2, kTogether = 4;
+
+  static Reg get(const float* p) { return _mm512_loadu_ps(p); }
+  static void put(float* p, Reg r) { _mm512_storeu_ps(p, r); }
+  static int place(int row) { return row % 8 / 4 * 16 + row / 8 * 4 + row % 4; }
+  static void fetch(const T* v, const uint8_t* c) { fetch_tiles(v, c); }
+  static void step(Reg* acc, const T* pair, const T* x0, const T* x1) {
+    int two;
+    memcpy(&two, pair, 4);
+    const __m512bh w = pumice::pairs(_mm512_set1_epi32(two));
+    const __m512i a = _mm512_loadu_si512(x0), b = _mm512_loadu_si512(x1);
+    acc[0] = _mm512_dpbf16_ps(acc[0], w, pumice::pairs(_mm512_unpacklo_epi16(a, b)));
+    acc[1] = _mm512_dpbf16_ps(acc[1], w, pumice::pairs(_mm512_unpackhi_epi16(a, b)));
+  }
+};
+
+struct ManyPairs256 {
+  typedef BF16 T;
+  typedef BF16 X;
+  typedef __m256 Reg;
+  static constexpr int kWidth = 16, kRegs = 2, kTogether = 4;
+
+  static Reg get(const float* p) { return _mm256_loadu_ps(p); }
+  static void put(float* p, Reg r) { _mm256_storeu_ps(p, r); }
+  static int place(int row) { return row % 8 / 4 * 8 + row / 8 * 4 + row % 4; }
+  static void fetch(const T* v, const uint8_t* c) { fetch_tiles(v, c); }
+  static void step(Reg* acc, const T* pair, const T* x0, const T* x1) {
+    int two;
+    memcpy(&two, pair, 4);
+    const __m256bh w = (__m256bh)_mm256_set1_epi32(two);
+    const __m256i a = _mm256_loadu_si256((const __m256i*)x0), b = _mm256_loadu_si256((const __m256i*)x1);
+    acc[0] = _mm256_dpbf16_ps(acc[0], w, (__m256bh)_mm256_unpacklo_epi16(a, b));
+    acc[1] = _mm256_dpbf16_ps(acc[1], w, (__m256bh)_mm256_unpackhi_epi16(a, b));
+  }
+};
+
+typedef ManyFloats512<float> ManyFp32;
+const TileKernels tiles = {
+    {{4, few_product<FewWords512<InPairs512, 4>>, false, {16, 32}, {many_product<ManyPairs256>, many_product<ManyPairs512>},
+      false},
+     {1, few_product<FewFloats512>, false, {16, 16}, {many_product<ManyFp32>, many_product<ManyFp32>}, false}}};
+
 }  // namespace
 
 const Kernels* avx512_bf16_kernels() { return &table; }
 const StagePiece* avx512_bf16_stages() { return stages; }
+const TileKernels* avx512_bf16_tiles() { return &tiles; }
 
 }  // namespace pumice
 
@@ -356,10 +409,12 @@ const StagePiece* avx512_bf16_stages() { return stages; }
 #else
 
 #include "grouped.h"
+#include "tiles.h"
 
 namespace pumice {
 const Kernels* avx512_bf16_kernels() { return nullptr; }
 const StagePiece* avx512_bf16_stages() { return nullptr; }
+const TileKernels* avx512_bf16_tiles() { return nullptr; }
 }  // namespace pumice
 
 #endif

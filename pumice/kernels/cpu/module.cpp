@@ -11,7 +11,9 @@
 #include "gram.h"
 #include "grouped.h"
 #include "kernels.h"
+#include "nm.h"
 #include "threads.h"
+#include "tiles.h"
 
 namespace pumice {
 namespace {
@@ -20,21 +22,25 @@ const int64_t kWorkPerThread = 128 * 1024;  // bytes of stored weights below whi
 
 const Kernels* active = nullptr;
 const StagePiece* active_stages = nullptr;
+const TileKernels* active_tiles = nullptr;
 
 struct Choice {
   const char* name;
   const Kernels* (*kernels)();
   const StagePiece* (*stages)();
+  const TileKernels* (*tiles)();
   const char* needs[8];
 };
 
 const Choice choices[] = {
     {"avx512_bf16",
-     avx512_bf16_kernels, avx512_bf16_stages,
+     avx512_bf16_kernels, avx512_bf16_stages, avx512_bf16_tiles,
      {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vbmi2", "avx512_bf16", "bmi2", nullptr}},
-    {"avx512", avx512_kernels, avx512_stages, {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "bmi2", nullptr}},
-    {"avx2", avx2_kernels, avx2_stages, {"avx2", "fma", "popcnt", "bmi2", nullptr}},
-    {"portable", portable_kernels, portable_stages, {nullptr}},
+    {"avx512",
+     avx512_kernels, avx512_stages, avx512_tiles,
+     {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "bmi2", nullptr}},
+    {"avx2", avx2_kernels, avx2_stages, avx2_tiles, {"avx2", "fma", "popcnt", "bmi2", nullptr}},
+    {"portable", portable_kernels, portable_stages, portable_tiles, {nullptr}},
 };
 
 // Null, or the first feature that is missing; "code" where this build lacks the kernels.
@@ -330,6 +336,98 @@ PyObject* row_starts(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
+// nm_bitmask(codes, O, I, n, m, out): out [O, ceil(I / 8)], the bitmask of the positions that N:M codes stand for
+PyObject* nm_bitmask_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long v[6];
+  if (!integers(args, count, 6, v)) return nullptr;
+  const int64_t n = v[3], m = v[4];
+  if (v[1] < 0 || v[2] < 0 || n < 1 || n > m || m > 32 || v[2] % m) {
+    PyErr_SetString(PyExc_ValueError, "n and m do not fit the matrix");
+    return nullptr;
+  }
+  bool known;
+  Py_BEGIN_ALLOW_THREADS
+  known = nm_bitmask(address<uint8_t>(v[0]), v[1], v[2], (int)n, (int)m, (uint8_t*)(intptr_t)v[5]);
+  Py_END_ALLOW_THREADS
+  if (!known) {
+    PyErr_SetString(PyExc_ValueError, "a code stands for no choice of positions");
+    return nullptr;
+  }
+  Py_RETURN_NONE;
+}
+
+// Of a CSR matrix: columns, wide, row_starts, O, I, count.
+Rows rows_of(const long long* v) {
+  Rows m = {};
+  m.columns = address<void>(v[0]), m.wide = v[1] != 0, m.starts = address<int32_t>(v[2]);
+  m.O = v[3], m.I = v[4], m.count = v[5];
+  return m;
+}
+
+// lay_out_tiles(columns, wide, row_starts, O, I, count, height, order, steps, starts) -> how many numbers are stored
+PyObject* lay_out_tiles_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long v[10];
+  if (!integers(args, count, 10, v)) return nullptr;
+  int64_t stored = -1;
+  const bool fits = v[3] >= 0 && v[4] >= 0 && v[6] > 0 && v[6] <= kMostRows && v[6] % kSlice == 0;
+  Py_BEGIN_ALLOW_THREADS
+  if (fits)
+    stored = lay_out_tiles(rows_of(v), v[6], (uint8_t*)(intptr_t)v[7], (uint8_t*)(intptr_t)v[8], (int64_t*)(intptr_t)v[9]);
+  Py_END_ALLOW_THREADS
+  if (stored < 0) {
+    PyErr_SetString(PyExc_ValueError, "columns or row_starts point outside of the matrix");
+    return nullptr;
+  }
+  return PyLong_FromLongLong(stored);
+}
+
+// fill_tiles(columns, wide, row_starts, O, I, count, values, height, order, steps, starts, dtype, to_values, to_columns,
+// threads), what was laid out before
+PyObject* fill_tiles_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long v[15];
+  if (!integers(args, count, 15, v)) return nullptr;
+  Tiles w = {};
+  w.O = v[3], w.I = v[4], w.height = v[7], w.order = address<uint8_t>(v[8]), w.steps = address<uint8_t>(v[9]);
+  w.starts = address<int64_t>(v[10]), w.dtype = (int)v[11];
+  Py_BEGIN_ALLOW_THREADS
+  fill_tiles(rows_of(v), address<void>(v[6]), element_size(w.dtype), w, (void*)(intptr_t)v[12], (uint8_t*)(intptr_t)v[13],
+             v[14]);
+  Py_END_ALLOW_THREADS
+  Py_RETURN_NONE;
+}
+
+const char kTiles[] = "pumice._native.tiles";
+
+void free_tiles(PyObject* capsule) { PyMem_Free(PyCapsule_GetPointer(capsule, kTiles)); }
+
+// plan_tiles(values, columns, order, steps, starts, bias or 0, O, I, height, dtype) -> plan
+PyObject* plan_tiles(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long v[10];
+  if (!integers(args, count, 10, v)) return nullptr;
+  Tiles* w = (Tiles*)PyMem_Malloc(sizeof(Tiles));
+  if (!w) return PyErr_NoMemory();
+  *w = {};
+  w->values = address<void>(v[0]), w->columns = address<uint8_t>(v[1]), w->order = address<uint8_t>(v[2]);
+  w->steps = address<uint8_t>(v[3]), w->starts = address<int64_t>(v[4]), w->bias = address<float>(v[5]);
+  w->O = v[6], w->I = v[7], w->height = v[8], w->dtype = (int)v[9];
+  PyObject* capsule = PyCapsule_New(w, kTiles, free_tiles);
+  if (!capsule) PyMem_Free(w);
+  return capsule;
+}
+
+// run_tiles(plan, x, rows, y, threads): y [rows, O] = x [rows, I] times the matrix, and the bias
+PyObject* run_tiles_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long v[4];
+  const Tiles* w = count ? (const Tiles*)PyCapsule_GetPointer(args[0], kTiles) : nullptr;
+  if (PyErr_Occurred() || !integers(args + 1, count - 1, 4, v)) return nullptr;
+  bool enough;
+  Py_BEGIN_ALLOW_THREADS
+  enough = run_tiles(*w, *active_tiles, address<void>(v[0]), v[1], (void*)(intptr_t)v[2], v[3]);
+  Py_END_ALLOW_THREADS
+  if (!enough) return PyErr_NoMemory();
+  Py_RETURN_NONE;
+}
+
 // gram(x, T, I, sum, packed) -> whether this CPU could: sum [I, I] += xᵀx, upper triangle, x fp32 read as bf16
 PyObject* gram_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
   long long v[5];
@@ -424,7 +522,7 @@ PyObject* force(PyObject*, PyObject* name) {
     PyErr_Format(PyExc_ValueError, "no kernels %R on this CPU", name);
     return nullptr;
   }
-  active = found->kernels(), active_stages = found->stages();
+  active = found->kernels(), active_stages = found->stages(), active_tiles = found->tiles();
   Py_RETURN_NONE;
 }
 
@@ -448,6 +546,13 @@ PyMethodDef methods[] = {
      "(values, blocks, columns, row_starts, bias, O, I, r, c, dtype) -> plan"},
     {"run", fast(run), METH_FASTCALL, "(plan, x, rows, y, threads)"},
     {"expand", fast(expand), METH_FASTCALL, "(plan, begin, end, out, threads)"},
+    {"nm_bitmask", fast(nm_bitmask_of), METH_FASTCALL, "(codes, O, I, n, m, out)"},
+    {"lay_out_tiles", fast(lay_out_tiles_of), METH_FASTCALL,
+     "(columns, wide, row_starts, O, I, count, height, order, steps, starts) -> stored"},
+    {"fill_tiles", fast(fill_tiles_of), METH_FASTCALL, "Values and columns of tiles; see fill_tiles_of."},
+    {"plan_tiles", fast(plan_tiles), METH_FASTCALL,
+     "(values, columns, order, steps, starts, bias, O, I, height, dtype) -> plan"},
+    {"run_tiles", fast(run_tiles_of), METH_FASTCALL, "(plan, x, rows, y, threads)"},
     {"gram", fast(gram_of), METH_FASTCALL, "(x, T, I, sum, packed) -> whether this CPU could"},
     {"attention", fast(attention_of), METH_FASTCALL,
      "(q, k, v, out, packed, heads, T, D, scale in millionths, causal) -> whether this CPU could"},
@@ -470,6 +575,6 @@ PyModuleDef definition = {
 PyMODINIT_FUNC PyInit__native(void) {
   using namespace pumice;
   for (const Choice& choice : choices)
-    if (!active && !missing(choice)) active = choice.kernels(), active_stages = choice.stages();
+    if (!active && !missing(choice)) active = choice.kernels(), active_stages = choice.stages(), active_tiles = choice.tiles();
   return PyModule_Create(&definition);
 }

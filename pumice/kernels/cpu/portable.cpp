@@ -2,6 +2,7 @@
 #include "driver.h"
 #include "coded.h"
 #include "grouped_tile.h"
+#include "tiles_kernel.h"
 
 #if defined(_MSC_VER) && !defined(__clang__)
 #include <intrin.h>
@@ -127,9 +128,55 @@ struct Floats {
 
 const StagePiece stages[] = {stage_columns<Floats<BF16>>, stage_columns<Floats<float>>};
 
+// One row of x times tiles.
+template <class Value>
+struct FewTiles {
+  typedef Value T;
+  typedef T X;
+  static constexpr int kMost = 1;
+
+  template <int N>
+  struct Table {
+    const T* x;
+    Table(const T* from, int64_t) : x(from) {}
+  };
+
+  template <int N>
+  static void slice(const Table<N>& table, const T* v, const uint8_t* c, int64_t steps, float (*sums)[kSlice]) {
+    for (int l = 0; l < kSlice; ++l) sums[0][l] = 0;
+    for (int64_t s = 0; s < steps; ++s, v += kStep, c += kStep)
+      for (int l = 0; l < kSlice; ++l)
+        sums[0][l] += widen(v[2 * l]) * widen(table.x[c[2 * l]]) + widen(v[2 * l + 1]) * widen(table.x[c[2 * l + 1]]);
+  }
+};
+
+template <class Value>
+struct ManyTiles {
+  typedef Value T;
+  typedef float X;
+  typedef typename Floats<float>::Reg Reg;
+  static constexpr int kWidth = 8, kRegs = 1, kTogether = 2;
+
+  static Reg get(const float* p) { return Floats<float>::load(p); }
+  static void put(float* p, const Reg& r) { memcpy(p, r.v, sizeof r.v); }
+  static int place(int row) { return row; }
+  static void fetch(const T*, const uint8_t*) {}
+  static void step(Reg* acc, const T* pair, const float* x0, const float* x1) {
+    const float first = widen(pair[0]), second = widen(pair[1]);
+    for (int i = 0; i < kWidth; ++i) acc[0].v[i] += first * x0[i] + second * x1[i];
+  }
+};
+
+typedef ManyTiles<BF16> ManyBf16;
+typedef ManyTiles<float> ManyFp32;
+const TileKernels tiles = {
+    {{1, few_product<FewTiles<BF16>>, false, {8, 8}, {many_product<ManyBf16>, many_product<ManyBf16>}, true},
+     {1, few_product<FewTiles<float>>, false, {8, 8}, {many_product<ManyFp32>, many_product<ManyFp32>}, false}}};
+
 }  // namespace
 
 const Kernels* portable_kernels() { return &table; }
 const StagePiece* portable_stages() { return stages; }
+const TileKernels* portable_tiles() { return &tiles; }
 
 }  // namespace pumice
