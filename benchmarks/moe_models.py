@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -168,7 +168,7 @@ def total(model: nn.Module) -> float:
     return sum(p.numel() for name, p in model.named_parameters() if ".mlp." in name) / BLOCKS
 
 
-def active(model: nn.Module, tokens: int) -> tuple[float, float]:
+def active(model: Any, tokens: int) -> tuple[float, float]:
     """After a forward pass of `tokens` tokens: parameters of a feed-forward block that a token is multiplied with, and
     how often it goes to an expert; means over blocks.
 
@@ -182,15 +182,15 @@ def active(model: nn.Module, tokens: int) -> tuple[float, float]:
         met += sum(p.numel() for p in block.mlp.parameters()) - routed
         holding += bool(layers)
         for one in layers:
-            plan = one.plan
+            plan, experts = one.plan, cast(Any, one.experts)
             load_E = torch.zeros(0) if plan is None else plan.load_E.double()
             visits = plan.tokens if isinstance(plan, MergePlan) else float(load_E.sum())
             went += visits / tokens
-            each = sum(p.numel() for p in one.experts.parameters()) / one.experts.experts
-            if hasattr(one.experts, "flops"):
-                met += one.experts.flops(0 if plan is None else plan.tokens, visits) / 2 / tokens
+            each = sum(p.numel() for p in experts.parameters()) / experts.experts
+            if hasattr(experts, "flops"):
+                met += experts.flops(0 if plan is None else plan.tokens, visits) / 2 / tokens
             elif isinstance(plan, MergePlan):
                 met += visits * each / tokens
             elif plan is not None:
-                met += float((load_E * one.experts.size_E.double()).sum()) * each / tokens
+                met += float((load_E * experts.size_E.double()).sum()) * each / tokens
     return met / BLOCKS, went / max(holding, 1)

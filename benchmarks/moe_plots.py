@@ -55,7 +55,10 @@ def load_over_time(drawn: dict[str, Any]) -> Figure:
 
     names = [name for name in SHOWN if drawn.get(name, {}).get("load")]
     figure = Figure(figsize=(11, 4.4), layout="constrained")
-    for axes, name in zip(figure.subplots(2, 4, sharey=True).flat, names, strict=False):
+    grid = figure.subplots(2, 4, sharey=True)
+    for axes in grid.flat[len(names) :]:
+        axes.set_axis_off()
+    for axes, name in zip(grid.flat, names, strict=False):
         table_P = np.array(drawn[name]["load"])
         axes.stackplot(table_P[:, 0], table_P[:, 1:].T, linewidth=0.3, edgecolor="white")
         axes.set_title(name, fontsize=9)
@@ -69,7 +72,9 @@ def by_kind(drawn: dict[str, Any], rows: dict[str, moe_rows.Fared]) -> Figure:
 
     names = [name for name in SHOWN if drawn.get(name, {}).get("by_kind") and name in rows]
     figure = Figure(figsize=(11, 4.4), layout="constrained")
-    grid, image = figure.subplots(2, 4, squeeze=False), None
+    grid, image = figure.subplots(2, 4), None
+    for axes in grid.flat[len(names) :]:
+        axes.set_axis_off()
     for axes, name in zip(grid.flat, names, strict=False):
         present = {kind: counts for kind, counts in drawn[name]["by_kind"].items() if sum(counts)}
         count_NE = np.array(list(present.values()), dtype=float)

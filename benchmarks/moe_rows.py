@@ -69,7 +69,7 @@ def base_of(row: Fared) -> str | None:
 def parts(row: Fared) -> list[tuple[str, str]]:
     """(family, method) of whatever the row has that linear top-2 token choice has not."""
     given = row.entry["arguments"]
-    found = []
+    found: list[Any] = []
     for family, key in (("router", "router"), ("assign", "assign"), ("experts", "kind")):
         name, usual = _name(given.get(key)), USUAL[key]
         if name is not None and name != usual and name not in usual:
@@ -79,7 +79,7 @@ def parts(row: Fared) -> list[tuple[str, str]]:
     if not found:
         balance = given.get("balance") or {}
         names = [_name(one) for one in balance] if isinstance(balance, list) else list(balance)
-        found = [("balance", name) for name in names if name != "load"]
+        found = [("balance", name) for name in names if name not in (None, "load")]
     return found
 
 

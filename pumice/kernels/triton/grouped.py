@@ -7,6 +7,8 @@ Legend: R rows of x, O outputs, I inputs, E experts, A assignments sorted by exp
 
 # Triton reads the annotations of its kernels, and knows no Tensor.
 # ruff: noqa: ANN001
+# Where Triton is not installed, pyright takes this folder for it.
+# pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
 

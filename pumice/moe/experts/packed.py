@@ -105,7 +105,8 @@ class PackedExperts(Experts, Substitute):
             raise PumiceError("packed experts made of single layers stand for no dense module: make them by `of`.")
         parts = self.parts(self._twin[0])
         tensors = {}
-        for name, layers in ((parts.up_name, self.ups), ("down_proj", self.downs)):
+        both: list[tuple[str, Any]] = [(parts.up_name, self.ups), ("down_proj", self.downs)]
+        for name, layers in both:
             dense_EOI = torch.stack([layer.weight.detach() for layer in layers])
             tensors[name] = dense_EOI.transpose(1, 2).contiguous() if parts.transposed else dense_EOI
             if layers[0].bias is not None:
@@ -164,7 +165,7 @@ class PackedExperts(Experts, Substitute):
     @property
     def nbytes(self) -> int:
         """Bytes of the stored weights."""
-        layers = (*self.ups, *self.downs)
+        layers: list[Any] = [*self.ups, *self.downs]
         return sum(one.packed.nbytes if isinstance(one, SparseLinear) else one.weight.nbytes for one in layers)
 
     def forward(self, x_TD: Tensor, plan: AnyPlan) -> Tensor:
