@@ -73,6 +73,7 @@ def build(row: Row, seed: int) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
+    attention: dict[str, Any] = {"attn_implementation": "eager" if _needs_attention(row) else "sdpa"}
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
@@ -82,9 +83,9 @@ def build(row: Row, seed: int) -> nn.Module:
         num_key_value_heads=4,
         max_position_embeddings=LENGTH,
         tie_word_embeddings=True,
-        attn_implementation="eager" if _needs_attention(row) else "sdpa",
+        **attention,
     )
-    model = LlamaForCausalLM(config)
+    model: Any = LlamaForCausalLM(config)
     if row.recipe is not None:
         for block in row.blocks:
             model.model.layers[block].mlp = layer(row)

@@ -17,7 +17,7 @@ BASES = {
 GELUS = ("gelu", "gelu_tanh", "silu")
 GATED = ("swiglu", "heterogeneous", "autonomous")
 SLACK = 0.03
-"""Active parameters that differ by no larger share count as equal."""
+"""Active parameters (in training or in use, where there are more) that differ by no larger share count as equal."""
 USUAL = {"router": "linear", "assign": "token_choice", "kind": ("swiglu", "mlp")}
 
 
@@ -110,7 +110,7 @@ def verdict(row: Fared, rows: dict[str, Fared]) -> Verdict | None:
     base = rows[name]
     pairs = list(zip(row.losses, base.losses, strict=False))
     won = sum(own < other for own, other in pairs)
-    share = row.mean["active"] / base.mean["active"]
+    share = max(row.mean["active"], row.mean["active_training"]) / base.mean["active"]
     unfair = ""
     if won and not row.causal:
         unfair = "lower, but sees the future"

@@ -215,12 +215,14 @@ def compared(results: Results) -> str:
         used = ["", "", ""] if dense else [f"{mean['experts_per_token']:.1f}", f"{mean['load_cv']:.2f}", ""]
         if not dense:
             used[2] = f"{mean['drop_rate']:.1%}" if mean["drop_rate"] else "0"
+        trains = abs(mean["active_training"] / mean["active"] - 1) > moe_rows.SLACK
+        met = (mean["active"], mean["active_training"]) if trains else (mean["active"],)
         lines.append(
             [
                 row.name if dense else f"`{row.name}`",
                 *(f"{loss:.3f}" for loss in (row.loss, *row.losses[:2])),
                 beside,
-                f"{mean['active'] / 1e3:.0f}",
+                "; ".join(f"{active / 1e3:.0f}" for active in met),
                 f"{mean['total'] / 1e3:,.0f}",
                 *used,
                 f"{mean['speed']:.2f}×",
@@ -237,7 +239,8 @@ def compared(results: Results) -> str:
     ]
     steps = next(iter(rows.values())).entry["steps"]
     said = (
-        f"{steps} steps, loss in nats a token on text that was kept back; parameters are those of one feed-forward block. "
+        f"{steps} steps, loss in nats a token on text that was kept back; parameters are those of one feed-forward block, "
+        "a second number of active ones is the mean while it was trained. "
         f"Training speed is that of the dense model of equal active parameters in the same process ({machine(results['machine'])}, "
         "one thread). A router is better where it is in every seed, against linear top-2 token choice of the same form of "
         "experts."

@@ -15,15 +15,24 @@ def tables(monkeypatch):
     return importlib.import_module("tables")
 
 
-def row(*losses, active=100.0, causal=True, **facts):
-    one = {"active": active, "total": 400.0, "speed": 0.5, "load_cv": 0.25, "drop_rate": 0.0, "experts_per_token": 2.0}
+def row(*losses, active=100.0, causal=True, training=None, **facts):
+    one = {
+        "active": active,
+        "active_training": training or active,
+        "total": 400.0,
+        "speed": 0.5,
+        "load_cv": 0.25,
+        "drop_rate": 0.0,
+        "experts_per_token": 2.0,
+    }
     seeds = {str(seed): {**one, "loss": loss, "causal": causal} for seed, loss in enumerate(losses)}
     return {"seeds": seeds, "steps": 9, **facts}
 
 
-def recipe(*losses, active=100.0, causal=True, note="", layer=None, **arguments):
+def recipe(*losses, active=100.0, causal=True, training=None, note="", layer=None, **arguments):
     more = {"note": note} if note else {}
-    return row(*losses, active=active, causal=causal, recipe="some", arguments=arguments, layer=layer, **more)
+    given = {"active": active, "causal": causal, "training": training}
+    return row(*losses, **given, recipe="some", arguments=arguments, layer=layer, **more)
 
 
 def results():
@@ -40,6 +49,7 @@ def results():
         "future": recipe(3.0, 3.0, router="prophet", kind=mlp, causal=False),
         "future and worse": recipe(5.0, 5.0, router="blind", kind=mlp, causal=False),
         "large": recipe(3.0, 3.0, router="greedy", kind=mlp, active=200.0),
+        "large training": recipe(3.0, 3.0, router="greedy", kind=mlp, training=150.0),
         "small": recipe(4.5, 4.5, router="modest", kind=mlp, active=50.0),
         "around": recipe(4.5, 4.5, layer={"name": "frame"}, kind=mlp),
         "lost": recipe(4.5, 4.5, kind="swiglu", balance=[{"name": "odd"}, "load"]),
@@ -71,12 +81,15 @@ def test_the_table_is_sorted_and_says_what_makes_a_row_no_comparison(tables):
     assert [float(line[1]) for line in lines] == sorted(float(line[1]) for line in lines)
     assert cells["dense, equal active"][1:5] == ["4.600", "4.500", "4.700", ""]
     assert cells["dense, equal active"][7:10] == ["", "", ""]
-    assert {name: cells[name][4] for name in ("wins", "once", "never", "future", "large", "small")} == {
+    assert {
+        name: cells[name][4] for name in ("wins", "once", "never", "future", "large", "large training", "small")
+    } == {
         "wins": "better",
         "once": "better in 1 of 2 seeds",
         "never": "nowhere better",
         "future": "lower, but sees the future",
         "large": "lower, with 2.0× the active parameters",
+        "large training": "lower, with 1.5× the active parameters",
         "small": "higher, with 0.50× the active parameters",
     }
     assert cells["future and worse"][-1] == "not causal"
