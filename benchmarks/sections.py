@@ -207,7 +207,7 @@ def compared(results: Results) -> str:
     rows = moe_rows.fared(results)
     if not rows:
         return ""
-    lines = []
+    seeds, lines = max(len(row.losses) for row in rows.values()), []
     for row in rows.values():
         mean, dense, found = row.mean, "recipe" not in row.entry, moe_rows.verdict(row, rows)
         beside = moe_rows.BASES.get(row.name, "") if found is None else found.words
@@ -220,7 +220,8 @@ def compared(results: Results) -> str:
         lines.append(
             [
                 row.name if dense else f"`{row.name}`",
-                *(f"{loss:.3f}" for loss in (row.loss, *row.losses[:2])),
+                *(f"{loss:.3f}" for loss in (row.loss, *row.losses)),
+                *[""] * (seeds - len(row.losses)),
                 beside,
                 "; ".join(f"{active / 1e3:.0f}" for active in met),
                 f"{mean['total'] / 1e3:,.0f}",
@@ -229,7 +230,6 @@ def compared(results: Results) -> str:
                 said,
             ]
         )
-    seeds = max(len(row.losses) for row in rows.values())
     head = ["row", "loss", *(f"seed {seed}" for seed in range(seeds)), "beside linear top-2", "active, thousand"]
     head += ["all, thousand", "experts a token", "load CV", "dropped", "training speed", "remark"]
     refused = [
