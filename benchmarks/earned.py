@@ -2,7 +2,7 @@
 
 What the nearest simpler method is, a method says itself where it is registered (`simpler=…`), or its family does:
 magnitude for scores, no recovery, the same density for every layer, each layer by itself, the unrepaired model, width
-pruning, plain N:M by Wanda. Where no pair of rows can be compared, nothing is said.
+pruning, plain N:M by Wanda, linear top-2 token choice for the parts of an MoE layer. Where no pair of rows can be compared, nothing is said.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import moe_rows
 from shown import NAMES, TITLES, number
 
 Results = dict[str, Any]
@@ -54,7 +55,7 @@ def remarks(
     `simpler(family, name)` is what the method says of itself.
     """
     pairs: dict[tuple[str, str], list[Pair]] = {}
-    for find in (_pruned, _repaired, _shrunk, _scratch, _rewritten):
+    for find in (_pruned, _repaired, _shrunk, _scratch, _rewritten, _routed):
         for pair in find(read, lambda family, name: simpler(family, name) or SIMPLER[family]):
             pairs.setdefault((pair.family, pair.name), []).append(pair)
     return {key: _sentence(found) for key, found in pairs.items() if not any(pair.better for pair in found)}
@@ -178,3 +179,16 @@ def _rewritten(read: Read, simpler: Simpler) -> Iterator[Pair]:
             shown = (number(row["perplexity"]), number(min(plain)))
             where = f"stories15M, {row['bits']:.1f} bits"
             yield Pair("rewrite", "armor", row["perplexity"], min(plain), f"plain N:M by {base}", where, shown)
+
+
+def _routed(read: Read, simpler: Simpler) -> Iterator[Pair]:
+    """What is special in an MoE recipe beside linear top-2 token choice, by the mean over seeds: better with no more
+    active parameters and without a look ahead, or worse with no fewer."""
+    rows = moe_rows.fared(read("moe_compare.json") or {})
+    for row in rows.values():
+        found = moe_rows.verdict(row, rows)
+        for family, name in moe_rows.parts(row) if found is not None and not found.unfair else ():
+            own, other = row.loss, found.base.loss
+            shown = (f"{own:.3f}", f"{other:.3f}")
+            where = f"recipe `{row.name}`, trained on TinyStories and Shakespeare"
+            yield Pair(family, name, own, other, moe_rows.BASES[found.base.name], where, shown)

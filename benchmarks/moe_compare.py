@@ -2,61 +2,60 @@
 
 A small Llama-shaped language model (4 blocks, width 128, byte-pair vocabulary of 1024 trained on the text) learns from
 nine tenths of TinyStories and Shakespeare and is judged on the rest: cross-entropy in nats a token. Every row has the
-same attention, data, order, steps and learning rate; its feed-forward blocks hold as many active parameters a token as
-a SwiGLU block of hidden width 256 and about four times as many in total ("dense, equal active" and "dense, equal total"
-are those). A layer with k routed and s shared experts gets 4(k + s) - s experts, unless its recipe says how many.
-`active` is measured on the evaluation text. Rows that are not causal see later tokens, so that their loss is no
-language model's; it is listed and marked. Tokens a second are of training and of the machine as it was, beside others.
+same attention, data, order, steps and learning rate. Its feed-forward blocks are made so that a token meets as many
+parameters as in a SwiGLU block of hidden width 256, and hold about four times as many in total ("dense, equal active"
+and "dense, equal total" are those), unless the recipe says how many experts there are. Where a method decides itself
+how many experts a token gets, `active` says what came of it on the text of judgement (routers included; a parameter
+met twice counts twice). Rows that are not causal see a token's future, which is tried out, so that their loss is no
+language model's. `speed` is that of "dense, equal active", a step of which is timed in turns with the row's training,
+over the row's: of CPU seconds of one thread, so that other work on the machine counts little.
 
     python benchmarks/moe_compare.py --shared ../shared                       # what is not in the results yet
-    python benchmarks/moe_compare.py --shared ../shared --match switch --steps 300 --seeds 2
+    python benchmarks/moe_compare.py --shared ../shared --match switch --seeds 0 1
+
+Several processes may run at once on different rows or seeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import math
+import os
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from moe_models import LENGTH, SOURCES, VOCABULARY, Row, active, build, count_words, rows, total
 from torch import Tensor, nn
 
 from pumice import moe
-from pumice.analyze.experts import inspect_experts, write
-from pumice.core import registry
+from pumice.analyze.experts import KINDS, inspect_experts
 from pumice.core.errors import PumiceError
 from pumice.core.progress import bar
 from pumice.kernels.features import machine_stamp
-from pumice.moe import MoE, RouteContext
-from pumice.moe.recipes import Recipe, recipes
+from pumice.moe import RouteContext
 
 RESULTS = Path(__file__).parent / "results" / "moe_compare.json"
-WIDTH, BLOCKS, ACTIVE, RATIO, VOCABULARY, LENGTH, BATCH = 128, 4, 256, 4, 1024, 128, 16
-DENSE = {"dense, equal active": ACTIVE, "dense, equal total": ACTIVE * RATIO}
-MATRICES = {"swiglu": 3, "heterogeneous": 3, "autonomous": 3}
-"""Matrices of a kind of experts, 2 where it is not said: experts of two matrices are wider by half."""
+LOADS = Path(__file__).parent / "results" / "moe_compare_loads.json"
+"""For plots: the load of one block over time, and the tokens of each kind that its experts got."""
+BATCH, RATE, POINTS, REFERENCES = 8, 2e-3, 16, 12
+SHOWN_EXPERTS = 16
+STATISTICS = ("load_cv", "load_max", "drop_rate", "entropy", "unused")
 
 
 @dataclass
 class Text:
-    """Token ids to learn from and to be judged by."""
+    """Token ids to learn from and to be judged by, and where the second text begins in the first."""
 
     tokenizer: Any
     learn: Tensor
+    second: int
     judge_NL: Tensor
-
-
-@dataclass
-class Trained:
-    """One model after its training."""
-
-    model: nn.Module
-    facts: dict[str, Any]
-    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 def read(shared: Path) -> Text:
@@ -76,190 +75,232 @@ def read(shared: Path) -> Text:
         vocab_size=VOCABULARY, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     inner.train_from_iterator([first for first, _ in parts], trainer)
-    learn, judge = (torch.tensor([i for part in parts for i in inner.encode(part[side]).ids]) for side in (0, 1))
-    windows = judge[: len(judge) // LENGTH * LENGTH].view(-1, LENGTH)
+    learn, judge = ([torch.tensor(inner.encode(part[side]).ids) for part in parts] for side in (0, 1))
+    windows = torch.cat([ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH) for ids in judge])
     # Evenly spaced, so that both texts count.
-    return Text(PreTrainedTokenizerFast(tokenizer_object=inner), learn, windows[:: max(1, len(windows) // 128)][:128])
+    picked = windows[:: max(1, len(windows) // 128)][:128]
+    return Text(PreTrainedTokenizerFast(tokenizer_object=inner), torch.cat(learn), len(learn[0]), picked)
 
 
-def build(name: str, recipe: Recipe | None, seed: int) -> nn.Module:
-    """The language model with the recipe's layers as feed-forward blocks, or dense."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+class Trainer:
+    """One model and what makes a step of its training."""
 
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=DENSE.get(name, ACTIVE),
-        num_hidden_layers=BLOCKS,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=LENGTH,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config)
-    if recipe is not None:
-        for block in model.model.layers:
-            block.mlp = layer(recipe)
-    return model
+    def __init__(self, row: Row, text: Text, seed: int, steps: int) -> None:
+        self.row, self.text, self.steps = row, text, steps
+        self.model = build(row, seed).train()
+        count_words(self.model, text.learn)
+        decay = [p for p in self.model.parameters() if p.dim() > 1]
+        rest = [p for p in self.model.parameters() if p.dim() < 2]
+        groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=RATE, betas=(0.9, 0.95), fused=True)
+        # Two, so that a router's noise does not change what the model reads.
+        self.order, self.noise = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
 
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Windows [B, L] from anywhere, and the text that each is from."""
+        place_B = torch.randint(len(self.text.learn) - LENGTH, (BATCH,), generator=self.order)
+        ids_BL = torch.stack([self.text.learn[i : i + LENGTH] for i in place_B.tolist()])
+        return ids_BL, (place_B >= self.text.second).long()
 
-def layer(recipe: Recipe) -> nn.Module:
-    """The recipe's layer at the common number of active and, where it leaves the experts open, of total parameters."""
-    given = recipe.arguments
-    k, shared = chosen(recipe), int(given.get("shared", 1))
-    kind = given.get("kind", "swiglu")
-    matrices = MATRICES.get(kind if isinstance(kind, str) else kind["name"], 2)
-    hidden = ACTIVE * 3 / matrices / (k + shared)
-    experts = int(given.get("experts", RATIO * (k + shared) - shared))
-    if recipe.d_ff is not None:
-        experts = round(RATIO * ACTIVE * 3 / matrices / recipe.d_ff)
-    return MoE.from_recipe(recipe.name, WIDTH, max(1, round(hidden)), experts=experts)
-
-
-def count_words(model: nn.Module, ids: Tensor) -> None:
-    """Tell routers by words how often each word occurs."""
-    for _, one in moe.layers(model):
-        if hasattr(one.router, "vocabulary"):
-            one.router.fit(torch.bincount(ids, minlength=one.router.vocabulary))
-
-
-def chosen(recipe: Recipe) -> int:
-    """Experts that a token goes to: the recipe's top_k, the assignment's own, 1 for merged experts, 2 where it varies."""
-    given = recipe.arguments
-    spec = given.get("assign", "token_choice")
-    bound = registry.assign.bind(spec)
-    if bound.info.extras["makes"] == "merge":
-        return 1
-    return int(given.get("top_k") or bound.values.get("top_k") or 2)
-
-
-def train(name: str, recipe: Recipe | None, text: Text, steps: int, seed: int) -> Trained:
-    """Train one model from its seed; PumiceError where the loss is not finite."""
-    model = build(name, recipe, seed).train()
-    count_words(model, text.learn)
-    decay = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=2e-3, betas=(0.9, 0.95))
-    generator = torch.Generator().manual_seed(seed)
-    history, losses, start = [], [], time.perf_counter()
-    with bar(steps, f"{name} {seed}") as shown:
-        for step in range(steps):
-            place_B = torch.randint(len(text.learn) - LENGTH, (BATCH,), generator=generator)
-            ids_BL = torch.stack([text.learn[i : i + LENGTH] for i in place_B.tolist()])
-            for group in optimizer.param_groups:
-                group["lr"] = 2e-3 * min(
-                    (step + 1) / (0.05 * steps + 1), 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps))
-                )
-            context = RouteContext(token_ids_T=ids_BL, progress=step / steps, generator=generator)
-            with context.active():
-                loss = model(input_ids=ids_BL, labels=ids_BL).loss
+    def step(self, step: int, ids_BL: Tensor, source_B: Tensor) -> float:
+        """The loss before the step; PumiceError where it is not finite."""
+        for group in self.optimizer.param_groups:
+            warm = (step + 1) / (0.05 * self.steps + 1)
+            group["lr"] = RATE * min(warm, 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / self.steps)))
+        modality_T = source_B.repeat_interleave(LENGTH)
+        context = RouteContext(
+            token_ids_T=ids_BL,
+            modality_T=modality_T,
+            labels_G=source_B % SOURCES,
+            progress=step / self.steps,
+            generator=self.noise,
+        )
+        with context.active():
+            loss = self.model(input_ids=ids_BL, labels=ids_BL).loss
             if not torch.isfinite(loss):
-                raise PumiceError(f"{name}: the loss became {float(loss)} at step {step}.")
-            (loss + moe.aux_loss(model)).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(float(loss.detach()))
-            if step % max(1, steps // 40) == 0:
-                loads = [one.plan.load_E.tolist() for _, one in moe.layers(model) if one.plan is not None]
-                history.append({"step": step, "load": loads, "statistics": moe.statistics(model)})
+                raise PumiceError(f"{self.row.name}: the loss became {float(loss)} at step {step}.")
+            (loss + moe.aux_loss(self.model)).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+
+def timed(call: Callable[[], float]) -> tuple[float, float]:
+    """What a call returns, and its CPU seconds."""
+    start = time.process_time()
+    return call(), time.process_time() - start
+
+
+def train(row: Row, text: Text, steps: int, seed: int) -> tuple[Trainer, dict[str, Any], list[list[float]]]:
+    """A trained model, its facts, and the shares of the load of one block over time."""
+    trainer, dense = Trainer(row, text, seed, steps), Trainer(rows()[0], text, seed, steps)
+    losses, own, other, met, shares = [], [], [], [], []
+    with bar(steps, f"{row.name}, seed {seed}") as shown:
+        for step in range(steps):
+            ids_BL, source_B = trainer.batch()
+            loss, seconds = timed(lambda step=step, batch=(ids_BL, source_B): trainer.step(step, *batch))
+            losses.append(loss)
+            own.append(seconds)
+            if step % max(1, steps // REFERENCES) == 0:
+                other.append(timed(lambda step=step, batch=(ids_BL, source_B): dense.step(step, *batch))[1])
+            if step % max(1, steps // POINTS) == 0 or step == steps - 1:
+                met.append(active(trainer.model, BATCH * LENGTH)[0])
+                shares += [[step, *load] for load in [share(trainer.model)] if load]
             shown.update(1)
-    seconds = time.perf_counter() - start
+    # The first step of each warms caches up.
+    own_s, other_s = sum(own[1:]) / len(own[1:]), sum(other[1:]) / len(other[1:])
     tail = losses[-max(1, steps // 20) :]
-    facts = {"train_loss": sum(tail) / len(tail), "tokens_per_second": round(steps * BATCH * LENGTH / seconds)}
-    return Trained(model, {**facts, "seconds": round(seconds, 1)}, history)
+    facts = {
+        "train_loss": sum(tail) / len(tail),
+        "active_training": sum(met) / len(met),
+        "tokens_per_cpu_second": round(BATCH * LENGTH / own_s),
+        "speed": other_s / own_s,
+        "cpu_seconds": sum(own),
+    }
+    return trainer, facts, shares
+
+
+def share(model: nn.Module) -> list[float]:
+    """Each expert's share of the assignments in the last MoE layer; nothing where there are too many to be drawn."""
+    found = [one.plan.load_E.double() for _, one in moe.layers(model) if one.plan is not None]
+    if not found or len(found[-1]) > SHOWN_EXPERTS:
+        return []
+    return [round(float(one), 3) for one in found[-1] / found[-1].sum().clamp_min(1e-30)]
 
 
 @torch.no_grad()
 def judge(model: nn.Module, text: Text) -> dict[str, Any]:
     """Loss on the text that was kept back, and how the experts were used there."""
     model.eval()
-    loss, count, seen = 0.0, 0, []
+    loss, count, seen, met, went = 0.0, 0, [], [], []
     for ids_BL in text.judge_NL.split(BATCH):
         with RouteContext(token_ids_T=ids_BL).active():
             loss += float(model(input_ids=ids_BL, labels=ids_BL).loss) * len(ids_BL)
         count += len(ids_BL)
-        seen.append(moe.statistics(model))
-    names = ("load_cv", "load_max", "drop_rate", "per_token", "entropy", "unused")
-    flat = [one for batch in seen for one in batch.values()]
-    found = {name: sum(one[name] for one in flat) / len(flat) for name in names} if flat else {}
-    return {"loss": loss / count, **found}
+        seen += [one for one in moe.statistics(model).values() if one]
+        both = active(model, ids_BL.numel())
+        met.append(both[0])
+        went.append(both[1])
+    found = {name: sum(one[name] for one in seen) / len(seen) for name in STATISTICS} if seen else {}
+    used = {"experts_per_token": sum(went) / len(went)} if seen else {}
+    return {"loss": loss / count, "active": sum(met) / len(met), "total": total(model), **used, **found}
 
 
-def parameters(model: nn.Module, per_token: float | None) -> dict[str, int]:
-    """All parameters of the feed-forward blocks, and those that a token meets (routers included)."""
-    total = sum(p.numel() for n, p in model.named_parameters() if ".mlp." in n)
-    routed = sum(p.numel() for one in {one.experts for _, one in moe.layers(model)} for p in one.parameters())
-    share = 0.0 if per_token is None else per_token / max(one.experts.experts for _, one in moe.layers(model))
-    return {"total": total, "active": round(total - routed + routed * share)}
+@torch.no_grad()
+def causal(model: nn.Module, text: Text) -> bool:
+    """Whether the first half of a window's logits stays the same with another second half."""
+    half, logits = LENGTH // 2, []
+    first, last = text.judge_NL[0], text.judge_NL[-1]
+    for ids_L in (first, torch.cat([first[:half], last[half:]])):
+        with RouteContext(token_ids_T=ids_L[None]).active():
+            logits.append(model(input_ids=ids_L[None]).logits[0, :half])
+    return bool((logits[0] - logits[1]).abs().max() < 1e-3)
 
 
-def row(name: str, recipe: Recipe | None, text: Text, steps: int, seeds: int, plots: Path | None) -> dict[str, Any]:
-    """One line of the table: means over seeds, and each seed's loss."""
-    runs = []
-    for seed in range(seeds):
-        trained = train(name, recipe, text, steps, seed)
-        found = judge(trained.model, text)
-        runs.append({**trained.facts, **found, **parameters(trained.model, found.get("per_token"))})
-        if plots is not None and recipe is not None and seed == 0:
-            draw(trained, text, plots / name)
-    means = {key: sum(run[key] for run in runs) / len(runs) for key in runs[0]}
-    facts: dict[str, Any] = {"losses": [run["loss"] for run in runs], "steps": steps, "machine": machine_stamp()}
-    if recipe is not None:
-        facts["recipe"] = recipe.arguments
-        facts["causal"] = causal(recipe)
-    return {**{key: round(value, 4) for key, value in means.items()}, **facts}
+def kinds(trainer: Trainer, text: Text) -> dict[str, Any]:
+    """How well the experts of each block tell kinds of tokens apart, and who got which in the last one."""
+    ids = [{"input_ids": ids_BL} for ids_BL in text.judge_NL.split(BATCH)]
+    try:
+        found = [_inspected(trainer.model, one, text) for one in ids]
+    except PumiceError:
+        return {}
+    last = [one.layers[-1] for one in found]
+    out: dict[str, Any] = {}
+    layers = list(zip(*(one.layers for one in found), strict=True))
+    mean = 0.0
+    for parts in layers:
+        whole = parts[0]
+        for part in parts[1:]:
+            whole.count_NE += part.count_NE
+        mean += whole.specialisation / len(layers)
+    out["specialisation"] = mean
+    if last[0].experts <= SHOWN_EXPERTS:
+        out["by_kind"] = dict(zip(KINDS, last[0].count_NE.round().int().tolist(), strict=True))
+    return out
 
 
-def causal(recipe: Recipe) -> bool:
-    """Whether a token's result depends on earlier tokens only, by the registry's facts."""
-    parts = ((registry.router, "router", "linear"), (registry.assign, "assign", "token_choice"))
-    facts = [family.bind(recipe.arguments.get(key, usual)).info.extras for family, key, usual in parts]
-    return all(one["causal"] for one in facts) and recipe.arguments.get("by", "token") == "token"
+def _inspected(model: nn.Module, batch: dict[str, Tensor], text: Text) -> Any:
+    with RouteContext(token_ids_T=batch["input_ids"]).active():
+        return inspect_experts(model, [batch], text.tokenizer, progress=False)
 
 
-def draw(trained: Trained, text: Text, out: Path) -> None:
-    """Load over time, and what `pumice moe inspect` draws."""
-    from matplotlib.figure import Figure
+def measure(row: Row, text: Text, steps: int, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One row and seed: its facts, and what is drawn of it."""
+    trainer, facts, shares = train(row, text, steps, seed)
+    facts |= judge(trainer.model, text)
+    drawn = kinds(trainer, text) if row.recipe is not None else {}
+    if "specialisation" in drawn:
+        facts["specialisation"] = drawn.pop("specialisation")
+    facts = {key: round(value, 4) for key, value in facts.items()}
+    return {**facts, "causal": causal(trainer.model, text)}, {**drawn, "load": shares}
 
-    out.mkdir(parents=True, exist_ok=True)
-    batches = [{"input_ids": ids_BL} for ids_BL in text.judge_NL.split(BATCH)]
-    write(inspect_experts(trained.model, batches, text.tokenizer, progress=False), out)
-    loads = torch.tensor([list(point["load"]) for point in trained.history])
-    figure = Figure(figsize=(3.2 * loads.shape[1], 2.6), layout="constrained")
-    for axes, block in zip(figure.subplots(1, loads.shape[1], squeeze=False)[0], range(loads.shape[1]), strict=True):
-        share_PE = loads[:, block] / loads[:, block].sum(1, keepdim=True).clamp(min=1e-30)
-        axes.stackplot([point["step"] for point in trained.history], share_PE.t().numpy())
-        axes.set(title=f"block {block}", xlabel="step", ylabel="share of the load", ylim=(0, 1))
-    figure.savefig(out / "load_over_time.png", dpi=120)
+
+def merge(path: Path, change: Callable[[dict[str, Any]], None], indent: int | None) -> None:
+    """Change a results file that other processes change too."""
+    path.parent.mkdir(exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        results = json.loads(path.read_text()) if path.exists() else {}
+        change(results)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(results, indent=indent) + "\n")
+        part.replace(path)
+    finally:
+        os.close(folder)
+
+
+def keep(row: Row, steps: int, seed: int, facts: dict[str, Any], drawn: dict[str, Any]) -> None:
+    """Write one row's seed into both files."""
+
+    def change(results: dict[str, Any]) -> None:
+        results |= {"protocol": __doc__, "machine": machine_stamp()}
+        entry = results.setdefault("rows", {}).setdefault(row.name, {"seeds": {}})
+        if row.recipe is not None:
+            entry |= {"recipe": row.recipe.name, "arguments": row.arguments, "layer": row.recipe.layer}
+        if row.note:
+            entry["note"] = row.note
+        entry["steps"] = steps
+        entry["seeds"][str(seed)] = facts
+
+    merge(RESULTS, change, 1)
+    if seed == 0 and drawn.get("load"):
+        merge(LOADS, lambda results: results.update({row.name: drawn}), None)
+
+
+def done(name: str, steps: int, seed: int) -> bool:
+    """Whether the results have this row's seed with as many steps."""
+    rows = json.loads(RESULTS.read_text()).get("rows", {}) if RESULTS.exists() else {}
+    entry = rows.get(name, {"seeds": {}})
+    return entry.get("steps") == steps and "loss" in entry["seeds"].get(str(seed), {})
 
 
 def main() -> None:
+    global RESULTS, LOADS
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, required=True, help="folder with data/")
     parser.add_argument("--match", default="", help="rows whose name contains this")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--plots", type=Path, help="folder for plots of every row")
+    parser.add_argument("--skip", default="\n", help="but not those whose name contains this")
+    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--out", type=Path, default=RESULTS.parent, help="folder of the results")
     parser.add_argument("--redo", action="store_true", help="measure again what is in the results already")
     args = parser.parse_args()
+    RESULTS, LOADS = args.out / RESULTS.name, args.out / LOADS.name
+    torch.set_num_threads(1)
     text = read(args.shared)
-    rows: dict[str, Recipe | None] = {**dict.fromkeys(DENSE), **{recipe.name: recipe for recipe in recipes()}}
-    for name, recipe in rows.items():
-        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        if args.match not in name or (name in results.get("rows", {}) and not args.redo):
-            continue
-        try:
-            made = row(name, recipe, text, args.steps, args.seeds, args.plots)
-        except PumiceError as error:
-            made = {"refused": str(error)}
-        print(name, {k: v for k, v in made.items() if k not in ("machine", "recipe")}, flush=True)
-        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        results["rows"] = {**results.get("rows", {}), name: made}
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps({**results, "protocol": __doc__}, indent=1) + "\n")
+    for seed in args.seeds:
+        for row in rows():
+            wanted = args.match in row.name and args.skip not in row.name
+            if not wanted or (done(row.name, args.steps, seed) and not args.redo):
+                continue
+            try:
+                facts, drawn = measure(row, text, args.steps, seed)
+            except PumiceError as error:
+                facts, drawn = {"refused": str(error)}, {}
+            print(row.name, seed, facts, flush=True)
+            keep(row, args.steps, seed, facts, drawn)
 
 
 if __name__ == "__main__":

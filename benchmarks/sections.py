@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import moe_rows
 from shown import ENCODER, TITLES, machine, number, seconds, table
 
 Results = dict[str, Any]
@@ -199,3 +200,49 @@ def experts(results: Results) -> str:
     stamp = results["results"][0]["machine"]
     said = f"{machine(stamp)}, {stamp['threads']} threads; weights from memory. The floor is the time to read the weights in use."
     return f"{table(head, rows)}\n\n{said}"
+
+
+def compared(results: Results) -> str:
+    """All MoE recipes trained on the same text: loss, use of the experts and speed, best first, dense among them."""
+    rows = moe_rows.fared(results)
+    if not rows:
+        return ""
+    seeds, lines = max(len(row.losses) for row in rows.values()), []
+    for row in rows.values():
+        mean, dense, found = row.mean, "recipe" not in row.entry, moe_rows.verdict(row, rows)
+        beside = moe_rows.BASES.get(row.name, "") if found is None else found.words
+        said = "; ".join(filter(None, (row.entry.get("note"), "" if row.causal else "not causal")))
+        used = ["", "", ""] if dense else [f"{mean['experts_per_token']:.1f}", f"{mean['load_cv']:.2f}", ""]
+        if not dense:
+            used[2] = f"{mean['drop_rate']:.1%}" if mean["drop_rate"] else "0"
+        trains = abs(mean["active_training"] / mean["active"] - 1) > moe_rows.SLACK
+        met = (mean["active"], mean["active_training"]) if trains else (mean["active"],)
+        lines.append(
+            [
+                row.name if dense else f"`{row.name}`",
+                *(f"{loss:.3f}" for loss in (row.loss, *row.losses)),
+                *[""] * (seeds - len(row.losses)),
+                beside,
+                "; ".join(f"{active / 1e3:.0f}" for active in met),
+                f"{mean['total'] / 1e3:,.0f}",
+                *used,
+                f"{mean['speed']:.2f}×",
+                said,
+            ]
+        )
+    head = ["row", "loss", *(f"seed {seed}" for seed in range(seeds)), "beside linear top-2", "active, thousand"]
+    head += ["all, thousand", "experts a token", "load CV", "dropped", "training speed", "remark"]
+    refused = [
+        f"`{name}`: {next(iter(entry['seeds'].values()))['refused']}"
+        for name, entry in results["rows"].items()
+        if name not in rows and entry["seeds"]
+    ]
+    steps = next(iter(rows.values())).entry["steps"]
+    said = (
+        f"{steps} steps, loss in nats a token on text that was kept back; parameters are those of one feed-forward block, "
+        "a second number of active ones is the mean while it was trained. "
+        f"Training speed is that of the dense model of equal active parameters in the same process ({machine(results['machine'])}, "
+        "one thread). A router is better where it is in every seed, against linear top-2 token choice of the same form of "
+        "experts."
+    )
+    return "\n\n".join([table(head, lines), said, *([f"Not trained: {'; '.join(refused)}"] if refused else [])])

@@ -247,7 +247,10 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "quantised": measured("quant_sparse.json", sections.quantised),
         "quantised speed": measured("quant_sparse.json", sections.quantised_speed),
     },
-    "docs/moe.md": {"moe layer": measured("moe_layer.json", sections.experts)},
+    "docs/moe.md": {
+        "moe layer": measured("moe_layer.json", sections.experts),
+        "moe compare": measured("moe_compare.json", sections.compared),
+    },
     "docs/repair.md": {"repairs": measured("repair_quality.json", repairs)},
     "docs/shrink.md": {
         "shrink": measured("shrink_quality.json", shrunk),

@@ -132,6 +132,25 @@ def check_global_balance(rank, world):
     compare(rank, world, [4 + r for r in range(world)], balance={**losses, "importance": 0.5})
 
 
+def check_routers_that_learn_from_loads(rank, world):
+    router = {"name": "deepseek", "update": 0.25}
+    whole = Net(router=router, shared=0, balance={})
+    model, local = (parallelise(copy.deepcopy(whole), balance=over) for over in ("global", "local"))
+    xs = batches([4 + 3 * r for r in range(world)])
+    for one in (model, local):
+        one(xs[rank])
+    whole(torch.cat(xs))
+    # Deeper layers see other tokens where copies of the first differ, so the first is compared.
+    wanted = whole.blocks[0].router.bias_E
+    assert wanted.abs().sum() > 0
+    torch.testing.assert_close(model.blocks[0].router.bias_E, wanted)
+    apart = local.blocks[0].router.bias_E.clone()
+    dist.broadcast(apart, 0)
+    differs = torch.tensor(float((apart - local.blocks[0].router.bias_E).abs().sum() > 0))
+    dist.all_reduce(differs)
+    assert differs > 0, "each process's own tokens move its bias elsewhere"
+
+
 def check_local_balance(rank, world):
     model, _ = compare(rank, world, [4] * world, together=False, over="local", balance={"load": 0.5})
     alone = [None] * world

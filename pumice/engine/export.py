@@ -19,7 +19,7 @@ from pumice.engine.files import staged
 from pumice.engine.store import save, save_companions
 from pumice.engine.writer import join
 from pumice.weights.modules import SparseModule, densify
-from pumice.weights.wrapped import Wrapper
+from pumice.weights.wrapped import Substitute
 
 FORMATS = ("dense", "onnx")
 
@@ -77,11 +77,10 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
                 del state[join(name, tensor)]
             state[join(name, "weight")] = module.dense_weight().detach().contiguous()
     for name, module in model.named_modules():
-        if isinstance(module, Wrapper):
-            for key in (key for key in module.state_dict() if key != "bias"):
-                state.pop(join(name, key), None)
-            state.pop(join(name, "core.weight"), None)
-            state[join(name, "weight")] = module.product().detach().contiguous()
+        if isinstance(module, Substitute):
+            inside = f"{name}." if name else ""
+            state = {key: tensor for key, tensor in state.items() if not key.startswith(inside)}
+            state |= {join(name, key): tensor for key, tensor in module.dense_tensors().items()}
     return state
 
 

@@ -21,7 +21,7 @@ from pumice.engine.store import check_version
 from pumice.engine.writer import FORMAT_VERSION, join, restore_entry, weights_of
 from pumice.weights.layouts.base import Packed, shape_text, validate
 from pumice.weights.modules import SparseModule, densify, reads_weight, replace_module, sparse_twin
-from pumice.weights.wrapped import Wrapper, wrap_around
+from pumice.weights.wrapped import Substitute, wrap_around
 
 
 class PumiceConfig(QuantizationConfigMixin):
@@ -168,7 +168,7 @@ class PumiceHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
         """Called by save_pretrained before it writes the config, which has to describe the model as it is now."""
         layers = {}
-        wrapped = {name: m.describe() for name, m in model.named_modules() if isinstance(m, Wrapper)}
+        wrapped = {name: m.describe() for name, m in model.named_modules() if isinstance(m, Substitute)}
         for name, module in model.named_modules():
             if isinstance(module, SparseModule):
                 for weight in weights_of(name, module):

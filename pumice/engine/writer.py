@@ -26,7 +26,7 @@ from pumice.engine.files import check_file, check_free, fact_of, move_into_place
 from pumice.weights.grid import Grid, kept
 from pumice.weights.layouts.base import Packed, StorageHint, grid_of, pack_smallest, shape_of, shape_text, unpack
 from pumice.weights.modules import SparseConv2d, SparseModule, sparse_twin
-from pumice.weights.wrapped import Wrapper
+from pumice.weights.wrapped import Substitute
 
 FORMAT_VERSION = 1
 INDEX = "model.safetensors.index.json"
@@ -217,7 +217,7 @@ class Writer:
 
     def add_own(self, name: str, module: nn.Module) -> None:
         """One module's own tensors."""
-        if isinstance(module, Wrapper):
+        if isinstance(module, Substitute):
             self.wrapped[name] = module.describe()
         plain: dict[str, Tensor] = dict(module.named_parameters(prefix=name, recurse=False, remove_duplicate=False))
         for key, buffer in module._buffers.items():

@@ -15,7 +15,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from pumice.core.activation import ACTIVATIONS, activate
 from pumice.core.errors import PumiceError
-from pumice.moe.experts.packed import PackedExperts
+from pumice.moe.experts.packed import PackedExperts, Parts
 from pumice.moe.grouped import expert_mlp, grouped_linear
 from pumice.moe.plan import Plan
 
@@ -114,15 +114,29 @@ def _forms(module: Any) -> list[Form]:
     return [(act, gate, a, b) for gate in ("halves", "pairs") for act, a, b in (*plain, *bounds)]
 
 
-class PackedLayer(nn.Module):
+class PackedLayer(PackedExperts):
     """An expert layer of Transformers with sparse weights, in the place of the dense one."""
 
-    def __init__(self, experts: PackedExperts) -> None:
-        super().__init__()
-        self.experts = experts
+    kind = "transformers-experts"
+    stands_for = "expert layer of Transformers"
+
+    @property
+    def num_experts(self) -> int:
+        """As Transformers calls it."""
+        return self.experts
+
+    @classmethod
+    def takes(cls, module: nn.Module) -> bool:
+        return hasattr(module, "_is_expert_parallel")
+
+    @classmethod
+    def parts(cls, module: Any) -> Parts:
+        up = "gate_up_proj" if module.has_gate else "up_proj"
+        biases = (getattr(module, f"{up}_bias"), module.down_proj_bias) if module.has_bias else (None, None)
+        return Parts(up, _matrix(module, up), _matrix(module, "down_proj"), biases, bool(module.is_transposed))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        return self.experts(hidden_states, Plan.top_k(top_k_index, top_k_weights, self.experts.experts))
+        return super().forward(hidden_states, Plan.top_k(top_k_index, top_k_weights, self.experts))
 
 
 def pack_experts(model: nn.Module, *, layout: str | None = None, **params: int) -> int:
@@ -134,19 +148,16 @@ def pack_experts(model: nn.Module, *, layout: str | None = None, **params: int) 
         PumiceError: a layer whose gate is one of its own, or a matrix that the layout refuses.
     """
     layers: list[tuple[str, Any]] = list(model.named_modules())
-    found = [(name, module) for name, module in layers if hasattr(module, "_is_expert_parallel")]
+    found = [(name, module) for name, module in layers if PackedLayer.takes(module)]
     for name, module in found:
         form = None if module.has_post_expert_norm else known_form(module)
         if form is None:
             raise PumiceError(
                 f"{name} has a gate or a norm of its own, which packed experts do not know: keep it dense."
             )
-        up = "gate_up_proj" if module.has_gate else "up_proj"
-        biases = (getattr(module, f"{up}_bias"), module.down_proj_bias) if module.has_bias else (None, None)
-        packed = PackedExperts.pack(
-            _matrix(module, up), _matrix(module, "down_proj"), form, biases=biases, layout=layout, **params
-        )
-        model.set_submodule(name, PackedLayer(packed))
+        parts = PackedLayer.parts(module)
+        packed = PackedLayer.pack(parts.up_EOI, parts.down_EOI, form, biases=parts.biases, layout=layout, **params)
+        model.set_submodule(name, packed.standing_for(module).train(module.training))
     return len(found)
 
 

@@ -17,7 +17,7 @@ from pumice.core import registry
 from pumice.core.errors import PumiceError
 from pumice.core.registry import Bound, Family, MethodInfo
 from pumice.moe.experts.base import Experts
-from pumice.moe.plan import AnyPlan, Plan
+from pumice.moe.plan import AnyPlan, BasePlan, Plan
 from pumice.moe.route.base import Router
 from pumice.moe.routing import RouteContext, Routing
 
@@ -92,6 +92,7 @@ class MoE(nn.Module):
         router_name = self._router_bound.name if self._router_bound else None
         self.balance, self._weights = _make_balance(balance, self._fact("balanced"), router_name, d_model, count)
         self.plan: AnyPlan | None = None
+        self.observed: Callable[[AnyPlan], BasePlan] | None = None
         self.register_buffer("seen_E", torch.zeros(count, dtype=torch.int64), persistent=False)
         self._warned = False
         if dtype is not None or device is not None:
@@ -150,7 +151,7 @@ class MoE(nn.Module):
                 plan.routing = routing
                 plan.losses = {**routing.losses, **plan.losses}
             if self.training and isinstance(self.router, Router):
-                self.router.observe(plan)
+                self.router.observe(plan if self.observed is None else self.observed(plan))
             if torch.is_grad_enabled():
                 for (name, weight), loss in zip(self._weights, self.balance, strict=True):
                     value = weight * loss(plan, context)

@@ -186,8 +186,8 @@ def parallelise(
     Args:
         model: A layer or anything that contains layers.
         mesh: One axis of a mesh, or a group; None is all processes.
-        balance: "local": losses look at this process's tokens; "global": at those of all processes, by one more
-            all-reduce a layer of about 4 E numbers (as GRIN does).
+        balance: "local": losses, and routers that learn from loads, look at this process's tokens; "global": at
+            those of all processes, by one more all-reduce a layer of about 4 E numbers (as GRIN does).
 
     Raises:
         PumiceError: no process group, a number of processes that does not divide the experts, layers that cannot be

@@ -87,20 +87,25 @@ class WorldPlan(BasePlan):
 
 
 class _Worldwide:
-    """Hook that gives a balance loss the plan of all processes instead of this one's."""
+    """The plan of all processes in the place of this one's; as a hook, for a balance loss."""
 
     def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
 
-    def __call__(self, loss: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        plan, *rest = args
-        # Kept on the plan, so that all its losses share one all-reduce.
+    def plan(self, plan: Any) -> WorldPlan:
+        # Kept on the plan, so that the router and all losses share one all-reduce.
         if _KEPT not in plan.__dict__:
             plan.__dict__[_KEPT] = WorldPlan(plan, self.exchange)
-        return plan.__dict__[_KEPT], *rest
+        return plan.__dict__[_KEPT]
+
+    def __call__(self, loss: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        plan, *rest = args
+        return self.plan(plan), *rest
 
 
 def use_world(layer: MoE, exchange: Exchange) -> None:
-    """Let all balance losses of the layer look at the tokens of all processes."""
+    """Let the layer's router, where it learns from loads, and its balance losses look at the tokens of all processes."""
+    worldwide = _Worldwide(exchange)
+    layer.observed = worldwide.plan
     for loss in layer.balance:
-        loss.register_forward_pre_hook(_Worldwide(exchange))
+        loss.register_forward_pre_hook(worldwide)

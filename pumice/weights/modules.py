@@ -18,7 +18,7 @@ from pumice.core.view import WeightView
 from pumice.weights.grid import keep
 from pumice.weights.layouts.base import Packed, grid_of
 from pumice.weights.sparse_module import SparseModule
-from pumice.weights.wrapped import Wrapper
+from pumice.weights.wrapped import Substitute
 
 __all__ = [
     "SparseConv2d",
@@ -210,9 +210,12 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
 
 def densify(model: nn.Module) -> nn.Module:
     """Every sparse or wrapped module of a model as an ordinary dense one, in place; returns the model."""
+    replaced: tuple[str, ...] = ()
     for name, module in list(model.named_modules()):
-        if isinstance(module, SparseModule | Wrapper):
+        # What a substitute was made of is gone with it.
+        if isinstance(module, SparseModule | Substitute) and not name.startswith(replaced):
             model = replace_module(model, name, module.to_dense())
+            replaced = (*replaced, f"{name}.") if name else ("",)
     return model
 
 

@@ -1,4 +1,5 @@
-"""Linear layers with something cheap around them, the modules that rewrites of a weight give.
+"""Modules that take another's place and are put back when a checkpoint is loaded; among them linear layers with
+something cheap around them, which rewrites of a weight give.
 
 Shapes: R rows of x, O outputs, I inputs, K blocks of B x B.
 """
@@ -6,11 +7,12 @@ Shapes: R rows of x, O outputs, I inputs, K blocks of B x B.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from pumice.core.errors import PumiceError
 
@@ -22,28 +24,55 @@ def block_matmul(x: Tensor, blocks_KBB: Tensor) -> Tensor:
     return torch.bmm(rows, blocks_KBB.mT).transpose(0, 1).reshape(x.shape)
 
 
-class Wrapper(nn.Module, ABC):
-    """Base of the modules that take a `Linear`'s place with a linear layer `core`, ordinary or sparse, inside.
+class Substitute(nn.Module, ABC):
+    """Base of the modules that take an ordinary module's place and are made of ordinary or sparse parts.
 
-    They are modules of ordinary parts: `pack` finds and packs the core, `save` stores it in its smallest layout and
-    the rest plainly, and `load` puts the wrapper back from its entry in config.json. `weight` is the weight that they
-    stand for, computed at each access.
+    `save` stores the parts, each in its smallest layout, and `load` puts the substitute back from its entry in
+    config.json.
     """
 
     kind: ClassVar[str]
+    stands_for: ClassVar[str]
+    """What it takes the place of, for messages."""
+
+    @classmethod
+    @abstractmethod
+    def takes(cls, module: nn.Module) -> bool:
+        """Whether it can stand in a module's place."""
+
+    @classmethod
+    @abstractmethod
+    def around(cls, module: Any, entry: Mapping[str, Any], name: str) -> Self:
+        """An unfilled one in the place of `module`, as `describe` says, for values that are still to be loaded."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Its entry in config.json."""
+
+    @abstractmethod
+    def dense_tensors(self) -> dict[str, Tensor]:
+        """The state of the ordinary module that it stands for, computed at each call."""
+
+    @abstractmethod
+    def to_dense(self) -> nn.Module:
+        """That ordinary module."""
+
+
+class Wrapper(Substitute):
+    """Base of the substitutes of a `Linear` with a linear layer `core`, ordinary or sparse, inside.
+
+    `pack` finds and packs the core. `weight` is the weight that they stand for, computed at each access.
+    """
+
+    stands_for = "Linear"
     core: nn.Module
     bias: nn.Parameter | None
     in_features: int
     out_features: int
 
     @classmethod
-    @abstractmethod
-    def around(cls, module: nn.Linear, entry: Mapping[str, Any], name: str) -> Wrapper:
-        """An unfilled wrapper in the place of a `Linear`, as `describe` says, for values that are still to be loaded."""
-
-    @abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """Its entry in config.json."""
+    def takes(cls, module: nn.Module) -> bool:
+        return type(module) is nn.Linear
 
     @abstractmethod
     def product(self) -> Tensor:
@@ -53,6 +82,10 @@ class Wrapper(nn.Module, ABC):
     def weight(self) -> Tensor:
         return self.product()
 
+    def dense_tensors(self) -> dict[str, Tensor]:
+        bias = {} if self.bias is None else {"bias": self.bias.detach()}
+        return {"weight": self.product().detach().contiguous(), **bias}
+
     def to_dense(self) -> nn.Linear:
         """One ordinary layer with the product as its weight."""
         dense = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
@@ -61,20 +94,27 @@ class Wrapper(nn.Module, ABC):
         return dense.train(self.training)
 
 
-def wrap_around(module: nn.Module, entry: Mapping[str, Any], name: str) -> Wrapper:
-    """The unfilled wrapper that an entry of config.json describes.
+def wrap_around(module: nn.Module, entry: Mapping[str, Any], name: str) -> Substitute:
+    """The unfilled substitute that an entry of config.json describes.
 
     Raises:
-        PumiceError: the module is no `Linear`, the kind is unknown, or it does not fit the layer.
+        PumiceError: the kind is unknown, the module is nothing that it stands for, or it does not fit.
     """
-    if type(module) is not nn.Linear:
-        raise PumiceError(f"{name} is stored as a wrapped Linear and is a {type(module).__name__} here.")
-    kinds = {cls.kind: cls for cls in Wrapper.__subclasses__()}
-    if entry.get("kind") not in kinds:
+    cls = {one.kind: one for one in _kinds(Substitute)}.get(entry.get("kind", ""))
+    if cls is None:
         raise PumiceError(
             f"{name} is wrapped as {entry.get('kind')!r}, which this Pumice does not know: upgrade pumice."
         )
-    return kinds[entry["kind"]].around(module, entry, name).train(module.training)
+    if not cls.takes(module):
+        raise PumiceError(f"{name} is stored as a wrapped {cls.stands_for} and is a {type(module).__name__} here.")
+    return cls.around(module, entry, name).train(module.training)
+
+
+def _kinds(cls: type[Substitute]) -> Iterator[type[Substitute]]:
+    for one in cls.__subclasses__():
+        if "kind" in one.__dict__:
+            yield one
+        yield from _kinds(one)
 
 
 def _empty_core(module: nn.Linear) -> nn.Linear:
@@ -112,7 +152,7 @@ class WrappedLinear(Wrapper):
             )
 
     @classmethod
-    def around(cls, module: nn.Linear, entry: Mapping[str, Any], name: str) -> WrappedLinear:
+    def around(cls, module: nn.Linear, entry: Mapping[str, Any], name: str) -> Self:
         o, i, b = module.out_features, module.in_features, (int(entry["left"]), int(entry["right"]))
         if b[0] < 1 or b[1] < 1 or o % b[0] or i % b[1]:
             raise PumiceError(f"{name} is {o} x {i} here, which blocks of {b[0]} and {b[1]} do not divide.")
@@ -155,7 +195,7 @@ class PermutedLinear(Wrapper):
         self.out_features = int(core.out_features)  # type: ignore[arg-type]
 
     @classmethod
-    def around(cls, module: nn.Linear, entry: Mapping[str, Any], name: str) -> PermutedLinear:
+    def around(cls, module: nn.Linear, entry: Mapping[str, Any], name: str) -> Self:
         del entry, name
         order = torch.empty(module.in_features, dtype=torch.int32, device=module.weight.device)
         return cls(order, _empty_core(module), module.bias)

@@ -83,3 +83,13 @@ def test_bad_input():
         layer("product_keys", assign="soft")
     with pytest.raises(PumiceError, match="d_key=5"):
         router("product_keys", d_key=5)
+
+
+def test_several_neurons_an_expert_are_summed_too():
+    moe = layer({"name": "product_keys", "heads": 2, "keys": 4}, experts=64, d_ff=3, kind="neurons", assign="threshold")
+    moe.eval()
+    x, ex = tokens(), moe.experts
+    y = moe(x)
+    hidden = F.gelu(torch.einsum("td,efd->tef", x, ex.up_proj)) * moe.plan.combine_TE[:, :, None]
+    torch.testing.assert_close(y, torch.einsum("tef,efd->td", hidden, ex.down_proj), rtol=1e-4, atol=1e-5)
+    assert moe(x[:0]).shape == (0, x.shape[1])

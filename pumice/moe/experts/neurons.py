@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pumice.core.activation import find_activation
@@ -39,8 +40,17 @@ class Neurons(Experts):
         self.down_proj = nn.Parameter(torch.empty(experts, d_ff, d_model).normal_(std=d_ff**-0.5))
 
     def compute(self, x_TD: Tensor, plan: Plan, weights: dict[str, Tensor]) -> Tensor:
-        up_AFD, down_AFD = weights["up_proj"][plan.expert_A], weights["down_proj"][plan.expert_A]
-        hidden_AF = plan.tapped(torch.einsum("afd,ad->af", up_AFD, x_TD[plan.token_A]))
-        hidden_AF = self._act(hidden_AF) * plan.weight_A[:, None].to(hidden_AF.dtype)
-        y_AD = torch.einsum("af,afd->ad", hidden_AF, down_AFD)
-        return torch.zeros_like(x_TD).index_add(0, plan.token_A, y_AD)
+        # As embeddings, whose gradients are far faster to sum up than those of an index.
+        up_AFD = F.embedding(plan.expert_A, weights["up_proj"].flatten(1)).unflatten(1, (-1, self.d_model))
+        x_AD = F.embedding(plan.token_A, x_TD)
+        hidden_AF = self._act(plan.tapped((up_AFD * x_AD[:, None]).sum(2)))
+        hidden_AF = hidden_AF * plan.weight_A[:, None].to(hidden_AF.dtype)
+        down, order_A = weights["down_proj"], plan.by_token_A
+        row_AF = plan.expert_A[order_A, None] * down.shape[1] + torch.arange(down.shape[1], device=x_TD.device)
+        return F.embedding_bag(
+            row_AF.flatten(),
+            down.flatten(0, 1),
+            plan.starts_T1[:-1] * down.shape[1],
+            mode="sum",
+            per_sample_weights=hidden_AF[order_A].flatten(),
+        )

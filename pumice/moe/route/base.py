@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from pumice.moe.plan import AnyPlan
+from pumice.moe.plan import BasePlan
 from pumice.moe.routing import RouteContext, Routing
 
 
@@ -36,7 +36,7 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor, context: RouteContext) -> Routing:
         raise NotImplementedError
 
-    def observe(self, plan: AnyPlan) -> None:
+    def observe(self, plan: BasePlan) -> None:
         """What became of the routing: the layer calls this in training, for routers that learn from loads."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

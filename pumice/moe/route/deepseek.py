@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pumice.core import select
 from pumice.core.errors import PumiceError
 from pumice.core.registry import router
-from pumice.moe.plan import AnyPlan
+from pumice.moe.plan import BasePlan
 from pumice.moe.route.base import Router
 from pumice.moe.route.linear import GATES
 from pumice.moe.routing import RouteContext, Routing
@@ -87,7 +87,7 @@ class DeepSeek(Router):
         return Routing(logits_TE, weight_TE, select_TE, allowed_TE, renormalise=True, total=self.scale)
 
     @torch.no_grad()
-    def observe(self, plan: AnyPlan) -> None:
+    def observe(self, plan: BasePlan) -> None:
         """Move the bias towards equal loads."""
         load_E = plan.asked_E.to(self.bias_E.dtype)
         if self.update and load_E.sum() > 0:

@@ -1,0 +1,1 @@
+"""Kernels in Triton; their backends import them when they are first used."""
