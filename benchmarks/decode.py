@@ -22,7 +22,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import common
 import torch
@@ -36,7 +36,7 @@ from pumice.weights.layouts.base import pack as pack_as
 from pumice.weights.modules import SparseLinear
 
 RESULTS = Path(__file__).parent / "results" / "decode.json"
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "llama-1.2b": {
         "hidden_size": 2048,
         "intermediate_size": 8192,
@@ -61,7 +61,7 @@ BF16 = ("eager", "compiled", "openvino", "engine")
 Step = Callable[[], float]
 
 
-def random_llama(shape: dict[str, int]) -> nn.Module:
+def random_llama(shape: dict[str, Any]) -> nn.Module:
     """A Llama with random weights in bf16, made without a float32 copy."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -99,10 +99,11 @@ def halved(dense: nn.Module, columns: int = 1) -> nn.Module:
 
 def packed(model: nn.Module, values: Any = None, head: str | None = None) -> nn.Module:
     """The model as `pumice.pack` makes it, with the head dense, or as int8 whatever the others are."""
-    whole = model.lm_head
+    whole = cast(nn.Linear, model.lm_head)
     if head is not None:
-        grid = registry.values.bind(head)().grid(whole.weight.detach().float())
-        stored = pack_as(grid.snap(whole.weight.detach().float()).bfloat16(), head, grid=grid)
+        weight = whole.weight.detach().float()
+        grid = registry.values.bind(head)().grid(weight)
+        stored = pack_as(grid.snap(weight).bfloat16(), head, grid=grid)
         model.lm_head = SparseLinear.from_module(whole, stored)
     elif values is not None:
         model.lm_head = nn.Identity()

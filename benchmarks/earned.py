@@ -187,7 +187,9 @@ def _routed(read: Read, simpler: Simpler) -> Iterator[Pair]:
     rows = moe_rows.fared(read("moe_compare.json") or {})
     for row in rows.values():
         found = moe_rows.verdict(row, rows)
-        for family, name in moe_rows.parts(row) if found is not None and not found.unfair else ():
+        if found is None or found.unfair:
+            continue
+        for family, name in moe_rows.parts(row):
             own, other = row.loss, found.base.loss
             shown = (f"{own:.3f}", f"{other:.3f}")
             where = f"recipe `{row.name}`, trained on TinyStories and Shakespeare"

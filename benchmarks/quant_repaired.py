@@ -19,7 +19,7 @@ import copy
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from quant_sparse import RESULTS, stored, stories, write
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import pumice
 from pumice.engine import data
-from pumice.engine.models import load_model
+from pumice.engine.models import load_tokenizer
 from pumice.kernels.features import machine_stamp
 
 REPAIR = {"name": "squarehead", "lr": 1e-3, "batch": 2, "task": 0.0, "features": 10.0, "logits": 0.2}
@@ -36,13 +36,13 @@ WRITTEN = 2048
 
 def lessons(shared: Path, dense: nn.Module, cache: Path | None) -> Tensor:
     """What the repair learns from: the windows it is judged by first, then stories, then stories by the dense model."""
-    loaded = load_model(shared / "models" / "stories15M-hf", dtype=torch.float32)
+    tokenizer: Any = load_tokenizer(shared / "models" / "stories15M-hf")
     text = data.load_text(shared / "data" / "lm_text" / "tinystories_sample.txt")
     first, _ = data.halves(text if isinstance(text, list) else [text])
     cut = len(first) - max(1, len(first) // 16)
-    held_out = data.windows_from_documents(first[cut:], loaded.tokenizer, 16, 256)
-    real = data.windows_from_documents(first[:cut], loaded.tokenizer, 1024, 256, random=True, seed=0)
-    return torch.cat([held_out, real, written(dense, loaded.tokenizer.bos_token_id, cache)])
+    held_out = data.windows_from_documents(first[cut:], tokenizer, 16, 256)
+    real = data.windows_from_documents(first[:cut], tokenizer, 1024, 256, random=True, seed=0)
+    return torch.cat([held_out, real, written(dense, tokenizer.bos_token_id, cache)])
 
 
 def written(dense: nn.Module, bos: int, cache: Path | None, batch: int = 128, seqlen: int = 256) -> Tensor:
@@ -56,7 +56,9 @@ def written(dense: nn.Module, bos: int, cache: Path | None, batch: int = 128, se
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(0)
         for _ in range(WRITTEN // batch):
-            ids = dense.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=seqlen - 1, **options)
+            ids = cast(Any, dense).generate(
+                start, attention_mask=torch.ones_like(start), max_new_tokens=seqlen - 1, **options
+            )
             found.append(ids)
     windows = torch.cat(found).clone()
     if file is not None:

@@ -109,6 +109,7 @@ void copy_rows(const From* x, int64_t rows, int64_t I, int64_t padded, To* out) 
 
 struct Widened {
   uint32_t bits;
+  Widened() = default;
   explicit Widened(uint16_t v) : bits((uint32_t)v << 16) {}
 };
 
