@@ -38,8 +38,10 @@ void fill_chunk(const Fill& f, int64_t chunk, int64_t* at) {
       for (int64_t l = 0; l < kSlice; ++l) at[w.order[group * w.height + s * kSlice + l] * tiles + t] = start + 2 * l;
       start += stored;
     }
-    memset((T*)f.to_values + w.starts[group], 0, (size_t)(w.starts[group + 1] - w.starts[group]) * sizeof(T));
-    memset(f.to_columns + w.starts[group], 0, (size_t)(w.starts[group + 1] - w.starts[group]));
+    // A matrix of zeros has no address for its values.
+    const size_t stored = (size_t)(w.starts[group + 1] - w.starts[group]);
+    if (stored) memset((T*)f.to_values + w.starts[group], 0, stored * sizeof(T));
+    if (stored) memset(f.to_columns + w.starts[group], 0, stored);
   }
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t k = f.from->starts[first + r]; k < f.from->starts[first + r + 1]; ++k) {
