@@ -202,10 +202,12 @@ def _installed(name: str) -> bool:
         return False
 
 
-def measure(dense: nn.Module, tokens: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds a token of every row, in turns."""
+def measure(dense: nn.Module, tokens: int, rounds: int, match: str) -> dict[str, Any]:
+    """Milliseconds a token of every row, in turns; of Pumice's rows those whose name contains `match`."""
     models = {"eager": dense}
     for name, make in rows(dense).items():
+        if match not in name:
+            continue
         models[name] = make()
         print("made", name, f"{model_bytes(models[name]) / 1e6:.0f} MB", flush=True)
     runs: dict[str, Step] = {name: decoder(model, tokens) for name, model in models.items()}
@@ -242,6 +244,7 @@ def measure(dense: nn.Module, tokens: int, rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="models whose name contains this")
+    parser.add_argument("--match", default="", help="rows through Pumice whose name contains this")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--tokens", type=int, default=24, help="tokens of one turn")
     parser.add_argument("--rounds", type=int, default=5)
@@ -254,7 +257,7 @@ def main() -> None:
     for name, make in makers.items():
         if args.only not in name or (name == "tiny" and args.only != "tiny"):
             continue
-        table = measure(make(), args.tokens, args.rounds)
+        table = measure(make(), args.tokens, args.rounds, args.match)
         results[f"{name}, {args.threads} threads"] = {"rows": table, "machine": machine_stamp()}
         if not args.quick:
             common.write(RESULTS, results, protocol=__doc__)

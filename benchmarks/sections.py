@@ -123,7 +123,12 @@ def quantised(results: Results) -> str:
         first = next(iter(columns))
         show = number if first == "perplexity" else "{:.3f}".format
         rows = [
-            [label, f"{entry['bits_per_weight']:.2f}", *(show(entry[key]) for key in columns), seconds(entry)]
+            [
+                label,
+                f"{entry['bits_per_weight']:.2f}" if "bits_per_weight" in entry else "not stored",
+                *(show(entry[key]) for key in columns),
+                seconds(entry),
+            ]
             for label, entry in sorted(found.items(), key=lambda one: one[0].startswith("gqsa"))
             if label != "dense"
         ]
