@@ -251,3 +251,21 @@ def compared(results: Results) -> str:
         "experts."
     )
     return "\n\n".join([table(head, lines), said, *([f"Not trained: {'; '.join(refused)}"] if refused else [])])
+
+
+def decoding(results: Results) -> str:
+    """Milliseconds a token of whole models, dense and sparse, a table a model and thread count."""
+    parts = []
+    for name, found in results.items():
+        if name == "protocol":
+            continue
+        measured = {label: row for label, row in found["rows"].items() if "ms" in row}
+        rows = [
+            [label, f"{row['ms']:.1f}", f"{row['over']:.2f}×", f"{row['bytes'] / 1e6:,.0f}"]
+            for label, row in sorted(measured.items(), key=lambda one: -one[1]["ms"])
+        ]
+        parts.append(table([name, "ms a token", "over the best dense bf16", "MB in memory"], rows))
+        if absent := [f"{label} ({row['missing']})" for label, row in found["rows"].items() if "missing" in row]:
+            parts.append(f"Not measured: {', '.join(absent)}.")
+        parts.append(f"({machine(found['machine'])}.)")
+    return "\n\n".join(parts)

@@ -234,7 +234,12 @@ def shrunk(results: dict[str, Any]) -> str:
 
 
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"demo": demo, "quality": both_qualities, "speed": speed},
+    "README.md": {
+        "demo": demo,
+        "quality": both_qualities,
+        "speed": speed,
+        "decode": measured("decode.json", sections.decoding),
+    },
     "docs/methods.md": {"methods": methods},
     "docs/quality.md": {
         "quality": everything,
