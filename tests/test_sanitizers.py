@@ -89,7 +89,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_kernels_own_tests_find_no_fault(build: Path) -> None:
     tests = [str(ROOT / "tests" / name) for name in TESTS]
     # Without capturing, so that the sanitizer's report is seen; the largest shapes teach it nothing new.
-    options = ["-q", "-x", "-p", "no:cacheprovider", "--capture=no", "-k", "not 1100"]
+    options = ["-x", "-p", "no:cacheprovider", "--capture=no", "-k", "not 1100"]
     command = [sys.executable, "-c", RUN, str(build), *options, *tests]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
