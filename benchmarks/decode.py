@@ -20,6 +20,7 @@ import copy
 import importlib.util
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -98,19 +99,14 @@ def halved(dense: nn.Module, columns: int = 1) -> nn.Module:
 
 
 def packed(model: nn.Module, values: Any = None, head: str | None = None) -> nn.Module:
-    """The model as `pumice.pack` makes it, with the head dense, or as int8 whatever the others are."""
-    whole = cast(nn.Linear, model.lm_head)
+    """The model as `pumice.pack` makes it, with the head dense, or in integers whatever the others are."""
     if head is not None:
+        whole = cast(nn.Linear, model.lm_head)
         weight = whole.weight.detach().float()
         grid = registry.values.bind(head)().grid(weight)
         stored = pack_as(grid.snap(weight).bfloat16(), head, grid=grid)
         model.lm_head = SparseLinear.from_module(whole, stored)
-    elif values is not None:
-        model.lm_head = nn.Identity()
-    model = pumice.pack(model, values=values, progress=False)
-    if values is not None and head is None:
-        model.lm_head = whole
-    return model
+    return pumice.pack(model, values=values, progress=False)
 
 
 def rows(dense: nn.Module) -> dict[str, Callable[[], nn.Module]]:
@@ -125,6 +121,11 @@ def rows(dense: nn.Module) -> dict[str, Callable[[], nn.Module]]:
         "50 % int8, head int8": lambda: packed(halved(dense), "int8", "int8"),
         "50 % of 1x16 groups int4, head int8": lambda: packed(halved(dense, 16), int4, "int8"),
     }
+
+
+def layouts(model: nn.Module) -> dict[str, int]:
+    """How many layers `pack` left in which layout: the fastest, which need not be a sparse one."""
+    return dict(Counter(m.layout for m in model.modules() if isinstance(m, SparseLinear)))
 
 
 def decoder(model: nn.Module, tokens: int) -> Step:
@@ -236,6 +237,7 @@ def measure(dense: nn.Module, tokens: int, rounds: int, match: str) -> dict[str,
             "fastest_ms": round(1000 * min(samples[name]), 3),
             "over": round(best / seconds, 3),
             "bytes": model_bytes(models.get(name, dense)),
+            "layouts": layouts(models.get(name, dense)),
         }
         print(name, table[name], flush=True)
     return table

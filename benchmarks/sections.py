@@ -7,6 +7,8 @@ from typing import Any
 import moe_rows
 from shown import ENCODER, TITLES, machine, number, seconds, table
 
+from pumice.moe.recipes import recipes
+
 Results = dict[str, Any]
 
 
@@ -242,6 +244,7 @@ def compared(results: Results) -> str:
         for name, entry in results["rows"].items()
         if name not in rows and entry["seeds"]
     ]
+    missing = [f"`{recipe.name}`" for recipe in recipes() if recipe.name not in results["rows"]]
     steps = next(iter(rows.values())).entry["steps"]
     said = (
         f"{steps} steps, loss in nats a token on text that was kept back; parameters are those of one feed-forward block, "
@@ -250,7 +253,9 @@ def compared(results: Results) -> str:
         "one thread). A router is better where it is in every seed, against linear top-2 token choice of the same form of "
         "experts."
     )
-    return "\n\n".join([table(head, lines), said, *([f"Not trained: {'; '.join(refused)}"] if refused else [])])
+    rest = [f"Not trained: {'; '.join(refused)}"] if refused else []
+    rest += [f"Not measured yet: {', '.join(missing)}."] if missing else []
+    return "\n\n".join([table(head, lines), said, *rest])
 
 
 def decoding(results: Results) -> str:
@@ -261,10 +266,16 @@ def decoding(results: Results) -> str:
             continue
         measured = {label: row for label, row in found["rows"].items() if "ms" in row}
         rows = [
-            [label, f"{row['ms']:.1f}", f"{row['over']:.2f}×", f"{row['bytes'] / 1e6:,.0f}"]
+            [
+                label,
+                f"{row['ms']:.1f}",
+                f"{row['over']:.2f}×",
+                f"{row['bytes'] / 1e6:,.0f}",
+                ", ".join(f"{count} {layout}" for layout, count in row["layouts"].items()),
+            ]
             for label, row in sorted(measured.items(), key=lambda one: -one[1]["ms"])
         ]
-        parts.append(table([name, "ms a token", "over the best dense bf16", "MB in memory"], rows))
+        parts.append(table([name, "ms a token", "over the best dense bf16", "MB in memory", "layers by layout"], rows))
         if absent := [f"{label} ({row['missing']})" for label, row in found["rows"].items() if "missing" in row]:
             parts.append(f"Not measured: {', '.join(absent)}.")
         parts.append(f"({machine(found['machine'])}.)")

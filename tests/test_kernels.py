@@ -137,10 +137,11 @@ def test_kernels_for_any_zeros_of_every_instruction_set(isa, layout, dtype):
 
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_n_of_m_kernels_of_every_instruction_set(isa, dtype):
-    for o, i, n, m in SHAPES["nm"]:
-        packed = matrix("nm", o, i, dtype, {"n": n, "m": m})
-        assert NATIVE["nm"] <= sweep(packed, torch.randn(o).to(dtype))
+@pytest.mark.parametrize(("layout", "names"), [("nm", ("n", "m")), ("block", ("r", "c"))])
+def test_kernels_for_patterns_of_every_instruction_set(isa, layout, names, dtype):
+    for o, i, *sizes in SHAPES[layout]:
+        packed = matrix(layout, o, i, dtype, dict(zip(names, sizes, strict=True)))
+        assert NATIVE[layout] <= sweep(packed, torch.randn(o).to(dtype))
 
 
 @needs_native
@@ -162,14 +163,6 @@ def test_columns_beyond_sixteen_bits(isa):
         for rows in (1, 5):
             x = torch.randn(rows, 65600).to(dtype)
             check(dispatch.get("linear", "csr", "tiles").prepare(packed, None)(x), x, packed, None)
-
-
-@needs_native
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_block_kernels_of_every_instruction_set(isa, dtype):
-    for o, i, r, c in SHAPES["block"]:
-        packed = matrix("block", o, i, dtype, {"r": r, "c": c})
-        assert NATIVE["block"] <= sweep(packed, torch.randn(o).to(dtype))
 
 
 @needs_native

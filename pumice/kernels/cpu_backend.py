@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ CODED = ("int8", "int8-bitmask", "int4", "int4-bitmask")
 # Layouts that run as another one, whose positions are made from theirs when a layer is bound.
 RUN_AS = {"nm": "bitmask", "int8-nm": "int8-bitmask"}
 # Skipping whole blocks saves arithmetic too, so it pays for longer.
-DECODE_ROWS = {"bitmask": 16, "block": 64, "nm": 16, "int8-nm": 16, **dict.fromkeys(CODED, 16)}
+DECODE_ROWS = {"block": 64, **dict.fromkeys(("bitmask", *CODED, *RUN_AS), 16)}
 DECODE_GROUPS = (16, 32)
 PANEL_BYTES = 4 << 20
 CODES = {torch.bfloat16: 0, torch.float32: 1, torch.float16: 2}
@@ -197,16 +197,23 @@ class Plan:
         return native.plan_coded(numbers.data_ptr(), count, *where, *common, group, CODES[packed.dtype])
 
 
-def misfit(x_RI: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> PumiceError:
-    """What is wrong with an input that a layer of this shape and dtype cannot take."""
+class Planned(Protocol):
+    """A stored matrix that is ready to run: the kernels' handle, which points into what the plan keeps."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    handle: Any
+
+
+def _misfit(x_RI: Tensor, plan: Planned) -> PumiceError:
     return PumiceError(
-        f"x is {tuple(x_RI.shape)} {x_RI.dtype} on {x_RI.device}: this layer takes [rows, {shape[1]}] {dtype} on cpu."
+        f"x is {tuple(x_RI.shape)} {x_RI.dtype} on {x_RI.device}: this layer takes [rows, {plan.shape[1]}] {plan.dtype} on cpu."
     )
 
 
-def decode(plan: Plan) -> Run:
-    """`run(x_RI) -> y_RO` that streams the stored weights once for every few rows."""
-    handle, dtype, product = plan.handle, plan.dtype, native.run
+def streamed(plan: Planned, product: Callable[..., None]) -> Run:
+    """`run(x_RI) -> y_RO` by the kernel `product(handle, x, rows, y, threads)`, with contiguous x and y."""
+    handle, dtype = plan.handle, plan.dtype
     (outputs, inputs), keep = plan.shape, plan
     empty: Callable[..., Tensor] = torch.empty
     threads = torch.get_num_threads
@@ -214,7 +221,7 @@ def decode(plan: Plan) -> Run:
     def run(x_RI: Tensor) -> Tensor:
         rows, width = x_RI.shape
         if width != inputs or x_RI.dtype is not dtype or not x_RI.is_cpu:
-            raise misfit(x_RI, keep.shape, dtype)
+            raise _misfit(x_RI, keep)
         if not x_RI.is_contiguous():
             x_RI = x_RI.contiguous()
         y_RO = empty((rows, outputs), dtype=dtype)
@@ -247,7 +254,7 @@ def panel(plan: Plan, bias: Tensor | None, granule: int = 1) -> Run:
 
     def run(x_RI: Tensor) -> Tensor:
         if x_RI.shape[1] != inputs or x_RI.dtype is not dtype or not x_RI.is_cpu:
-            raise misfit(x_RI, keep.shape, dtype)
+            raise _misfit(x_RI, keep)
         threads, w_PI = torch.get_num_threads(), _buffer(height, inputs, dtype)
         address = w_PI.data_ptr()
         if len(slices) == 1:
@@ -277,40 +284,19 @@ def _refuse_panel(call: Call) -> str | None:
 
 
 def _prepare_decode(packed: Packed, bias: Tensor | None) -> Run:
-    return decode(Plan(packed, bias))
+    return streamed(Plan(packed, bias), native.run)
 
 
 def _prepare_panel(packed: Packed, bias: Tensor | None) -> Run:
     return panel(Plan(packed, None), bias, packed.params.get("r", 1))
 
 
-def _nm_extra(packed: Packed) -> int:
-    return packed.shape[0] * (-(-packed.shape[1] // 8) + 8)
+def _extra(packed: Packed) -> int:
+    """A mask and the rows' starts, where they are made from other positions."""
+    return packed.shape[0] * (-(-packed.shape[1] // 8) + 8) if packed.layout in RUN_AS else 0
 
 
+FEW, MANY = "C++: weights streamed once, few rows", "C++ expands some rows, then dense product"
 for _layout in DECODE_ROWS:
-    _extra = {"extra": _nm_extra} if _layout in RUN_AS else {}
-    register(
-        Backend(
-            "decode",
-            "linear",
-            _layout,
-            _refuse_decode,
-            _prepare_decode,
-            30,
-            "C++: weights streamed once, few rows",
-            **_extra,
-        )
-    )
-    register(
-        Backend(
-            "panel",
-            "linear",
-            _layout,
-            _refuse_panel,
-            _prepare_panel,
-            20,
-            "C++ expands some rows, then dense product",
-            **_extra,
-        )
-    )
+    register(Backend("decode", "linear", _layout, _refuse_decode, _prepare_decode, 30, FEW, _extra))
+    register(Backend("panel", "linear", _layout, _refuse_panel, _prepare_panel, 20, MANY, _extra))

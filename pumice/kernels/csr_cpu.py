@@ -18,7 +18,7 @@ from torch import Tensor
 from pumice.core.dispatch import Backend, Call, Run, limits, register
 from pumice.core.errors import PumiceError
 from pumice.kernels import cpu_backend
-from pumice.kernels.cpu_backend import CODES, PRODUCTS
+from pumice.kernels.cpu_backend import CODES, PRODUCTS, streamed
 from pumice.kernels.derived import derived
 from pumice.weights.layouts.base import Packed
 
@@ -75,34 +75,26 @@ def _tiles(packed: Packed, values: Tensor, columns: Tensor, row_starts: Tensor) 
     return Tiles(*made, order, steps, starts, height)
 
 
+class TilePlan:
+    """A CSR matrix as the kernels take it, and what they point into."""
+
+    def __init__(self, packed: Packed, bias: Tensor | None) -> None:
+        native: Any = cpu_backend.native
+        if native is None:
+            raise PumiceError(f"layout={packed.layout!r} has no C++ kernel here: {cpu_backend.missing()}.")
+        try:
+            tiles = tiles_of(packed)
+        except ValueError as error:
+            raise PumiceError(f"layout={packed.layout!r} of shape {packed.shape} is damaged: {error}.") from None
+        bias_O = None if bias is None else bias.detach().to(torch.float32).contiguous()
+        self.shape, self.dtype, self.keep = packed.shape, packed.dtype, (tiles, bias_O)
+        tensors = [tensor.data_ptr() for tensor in tiles if isinstance(tensor, Tensor)]
+        address = 0 if bias_O is None else bias_O.data_ptr()
+        self.handle = native.plan_tiles(*tensors, address, *packed.shape, tiles.height, CODES[packed.dtype])
+
+
 def _prepare(packed: Packed, bias: Tensor | None) -> Run:
-    native: Any = cpu_backend.native
-    if native is None:
-        raise PumiceError(f"layout={packed.layout!r} has no C++ kernel here: {cpu_backend.missing()}.")
-    try:
-        tiles = tiles_of(packed)
-    except ValueError as error:
-        raise PumiceError(f"layout={packed.layout!r} of shape {packed.shape} is damaged: {error}.") from None
-    bias_O = None if bias is None else bias.detach().to(torch.float32).contiguous()
-    (outputs, inputs), dtype, keep = packed.shape, packed.dtype, (tiles, bias_O)
-    tensors = [tensor.data_ptr() for tensor in tiles if isinstance(tensor, Tensor)]
-    address = 0 if bias_O is None else bias_O.data_ptr()
-    handle = native.plan_tiles(*tensors, address, outputs, inputs, tiles.height, CODES[dtype])
-    product, threads = native.run_tiles, torch.get_num_threads
-
-    def run(x_RI: Tensor) -> Tensor:
-        rows, width = x_RI.shape
-        if width != inputs or x_RI.dtype is not dtype or not x_RI.is_cpu:
-            raise cpu_backend.misfit(x_RI, packed.shape, dtype)
-        if not x_RI.is_contiguous():
-            x_RI = x_RI.contiguous()
-        y_RO = torch.empty((rows, outputs), dtype=dtype)
-        product(handle, x_RI.data_ptr(), rows, y_RO.data_ptr(), threads())
-        return y_RO
-
-    # The kernel reads what these hold.
-    run.keep = keep  # pyright: ignore[reportFunctionMemberAccess]
-    return run
+    return streamed(TilePlan(packed, bias), cpu_backend.native.run_tiles)
 
 
 def _refuse(call: Call) -> str | None:

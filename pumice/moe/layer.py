@@ -92,6 +92,7 @@ class MoE(nn.Module):
         router_name = self._router_bound.name if self._router_bound else None
         self.balance, self._weights = _make_balance(balance, self._fact("balanced"), router_name, d_model, count)
         self.plan: AnyPlan | None = None
+        # What the router learns from instead of the plan itself: that of all processes, where `use_world` says so.
         self.observed: Callable[[AnyPlan], BasePlan] | None = None
         self.register_buffer("seen_E", torch.zeros(count, dtype=torch.int64), persistent=False)
         self._warned = False

@@ -173,9 +173,22 @@ bool input_of(const Matrix& w, const Kernels& kernels, const void* x, int64_t ro
   return true;
 }
 
-const char kPlan[] = "pumice._native.plan";
+// What a capsule with a stored matrix is called.
+template <class Stored>
+struct Plan;
+template <>
+struct Plan<Matrix> {
+  static constexpr const char* name = "pumice._native.plan";
+};
+template <>
+struct Plan<Tiles> {
+  static constexpr const char* name = "pumice._native.tiles";
+};
 
-void free_plan(PyObject* capsule) { PyMem_Free(PyCapsule_GetPointer(capsule, kPlan)); }
+template <class Stored>
+void free_plan(PyObject* capsule) {
+  PyMem_Free(PyCapsule_GetPointer(capsule, Plan<Stored>::name));
+}
 
 // Integer arguments into `out`; false with a Python error set when their number or type is wrong.
 bool integers(PyObject* const* args, Py_ssize_t given, Py_ssize_t wanted, long long* out) {
@@ -195,15 +208,16 @@ const T* address(long long value) {
   return (const T*)(intptr_t)value;
 }
 
-PyObject* plan_of(const Matrix& w) {
+template <class Stored>
+PyObject* plan_of(const Stored& w) {
   if (w.O < 0 || w.I < 0 || w.dtype < 0 || w.dtype > kF16) {
     PyErr_SetString(PyExc_ValueError, "negative size or unknown dtype");
     return nullptr;
   }
-  Matrix* kept = (Matrix*)PyMem_Malloc(sizeof(Matrix));
+  Stored* kept = (Stored*)PyMem_Malloc(sizeof(Stored));
   if (!kept) return PyErr_NoMemory();
   *kept = w;
-  PyObject* capsule = PyCapsule_New(kept, kPlan, free_plan);
+  PyObject* capsule = PyCapsule_New(kept, Plan<Stored>::name, free_plan<Stored>);
   if (!capsule) PyMem_Free(kept);
   return capsule;
 }
@@ -278,7 +292,7 @@ PyObject* plan_coded(PyObject*, PyObject* const* args, Py_ssize_t count) {
 // run(plan, x, rows, y, threads): y [rows, O] = x [rows, I] times the matrix, and the bias
 PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
   long long v[4];
-  const Matrix* w = count ? (const Matrix*)PyCapsule_GetPointer(args[0], kPlan) : nullptr;
+  const Matrix* w = count ? (const Matrix*)PyCapsule_GetPointer(args[0], Plan<Matrix>::name) : nullptr;
   if (PyErr_Occurred() || !integers(args + 1, count - 1, 4, v)) return nullptr;
   if (w->dtype == kF16) {
     PyErr_SetString(PyExc_ValueError, "no product for float16");
@@ -298,7 +312,7 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
 // expand(plan, begin, end, out, threads): rows [begin, end) of the matrix, dense, to out [end - begin, I]
 PyObject* expand(PyObject*, PyObject* const* args, Py_ssize_t count) {
   long long v[4];
-  const Matrix* w = count ? (const Matrix*)PyCapsule_GetPointer(args[0], kPlan) : nullptr;
+  const Matrix* w = count ? (const Matrix*)PyCapsule_GetPointer(args[0], Plan<Matrix>::name) : nullptr;
   if (PyErr_Occurred() || !integers(args + 1, count - 1, 4, v)) return nullptr;
   if (v[0] < 0 || v[1] < v[0] || v[1] > w->O) {
     PyErr_SetString(PyExc_ValueError, "rows outside of the matrix");
@@ -396,29 +410,21 @@ PyObject* fill_tiles_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
-const char kTiles[] = "pumice._native.tiles";
-
-void free_tiles(PyObject* capsule) { PyMem_Free(PyCapsule_GetPointer(capsule, kTiles)); }
-
 // plan_tiles(values, columns, order, steps, starts, bias or 0, O, I, height, dtype) -> plan
 PyObject* plan_tiles(PyObject*, PyObject* const* args, Py_ssize_t count) {
   long long v[10];
   if (!integers(args, count, 10, v)) return nullptr;
-  Tiles* w = (Tiles*)PyMem_Malloc(sizeof(Tiles));
-  if (!w) return PyErr_NoMemory();
-  *w = {};
-  w->values = address<void>(v[0]), w->columns = address<uint8_t>(v[1]), w->order = address<uint8_t>(v[2]);
-  w->steps = address<uint8_t>(v[3]), w->starts = address<int64_t>(v[4]), w->bias = address<float>(v[5]);
-  w->O = v[6], w->I = v[7], w->height = v[8], w->dtype = (int)v[9];
-  PyObject* capsule = PyCapsule_New(w, kTiles, free_tiles);
-  if (!capsule) PyMem_Free(w);
-  return capsule;
+  Tiles w = {};
+  w.values = address<void>(v[0]), w.columns = address<uint8_t>(v[1]), w.order = address<uint8_t>(v[2]);
+  w.steps = address<uint8_t>(v[3]), w.starts = address<int64_t>(v[4]), w.bias = address<float>(v[5]);
+  w.O = v[6], w.I = v[7], w.height = v[8], w.dtype = (int)v[9];
+  return plan_of(w);
 }
 
 // run_tiles(plan, x, rows, y, threads): y [rows, O] = x [rows, I] times the matrix, and the bias
 PyObject* run_tiles_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
   long long v[4];
-  const Tiles* w = count ? (const Tiles*)PyCapsule_GetPointer(args[0], kTiles) : nullptr;
+  const Tiles* w = count ? (const Tiles*)PyCapsule_GetPointer(args[0], Plan<Tiles>::name) : nullptr;
   if (PyErr_Occurred() || !integers(args + 1, count - 1, 4, v)) return nullptr;
   bool enough;
   Py_BEGIN_ALLOW_THREADS

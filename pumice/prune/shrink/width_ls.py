@@ -49,8 +49,8 @@ def width_ls(
     which is not done here). `obs` removes one unit after the other, always the one whose loss after the best compensation,
     tr(W_u (H⁻¹_uu)⁻¹ W_uᵀ), is smallest, as structured OBS does (ZipLM, arXiv:2302.04089). Written from the formulas.
 
-    `blocks` above 0 removes whole blocks first, as `depth` with `by="loss"` does on four windows: a block less saves the time of its
-    operators as well as its bytes.
+    `blocks` above 0 removes whole blocks first, as `depth` with `by="loss"` does on four windows: a block less saves the
+    time of its operators as well as its bytes.
 
     Raises:
         PumiceError: an unknown choice, a share of blocks outside [0, 1), or no calibration data.
