@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from pumice.engine.bench import bench as bench
     from pumice.engine.evaluate import evaluate as evaluate
     from pumice.engine.export import export as export
+    from pumice.engine.fuse import fuse as fuse
+    from pumice.engine.fuse import unfuse as unfuse
     from pumice.engine.generate import generate as generate
     from pumice.engine.pack import describe as describe
     from pumice.engine.pack import pack as pack
@@ -36,6 +38,8 @@ _WHERE = {
     "rewrite": "pumice.engine.rewrite",
     "pack": "pumice.engine.pack",
     "unpack": "pumice.engine.pack",
+    "fuse": "pumice.engine.fuse",
+    "unfuse": "pumice.engine.fuse",
     "describe": "pumice.engine.pack",
     "save": "pumice.engine.store",
     "load": "pumice.engine.store",
@@ -51,6 +55,7 @@ __all__ = [
     "describe",
     "evaluate",
     "export",
+    "fuse",
     "generate",
     "load",
     "methods",
@@ -60,6 +65,7 @@ __all__ = [
     "rewrite",
     "save",
     "shrink",
+    "unfuse",
     "unpack",
 ]
 

@@ -18,7 +18,7 @@ from pumice.core.view import WeightView, module_views
 from pumice.engine import verdicts
 from pumice.engine.layer_timing import Timing, Verdict, measure
 from pumice.weights.grid import Coding, kept
-from pumice.weights.layouts.base import Packed, pack_smallest, repack
+from pumice.weights.layouts.base import LayoutRefused, Packed, pack_smallest, repack
 from pumice.weights.layouts.base import pack as pack_as
 from pumice.weights.layouts.base import unpack as unpack_matrix
 from pumice.weights.modules import SparseLinear, SparseModule, densify, reads_weight, replace_module, sparse_twin
@@ -117,9 +117,12 @@ def pack(
             key = _signature(wanted)
             if key not in measured:
                 measured[key] = verdict_of(wanted, rows, budget, remeasure)
-            # Rounded numbers are only for where integers run.
-            source = packed if measured[key].layout == "dense" else wanted
-            choice, new = _apply(name, module, source, measured[key], rows)
+            try:
+                choice, new = _apply(name, module, _source(packed, wanted, measured[key]), measured[key], rows)
+            except LayoutRefused:
+                # What was measured had as many zeros, but elsewhere.
+                measured[key] = verdict_of(wanted, rows, budget, remeasure=True)
+                choice, new = _apply(name, module, _source(packed, wanted, measured[key]), measured[key], rows)
             choices.append(choice)
             if new is not module:
                 model = replace_module(model, name, new)
@@ -243,6 +246,11 @@ def verdict_of(packed: Packed, rows: Sequence[int], budget: int, remeasure: bool
         found = measure(packed, rows, budget)
         verdicts.remember(key, found)
     return found
+
+
+def _source(packed: Packed, wanted: Packed, verdict: Verdict) -> Packed:
+    # Rounded numbers are only for where integers run.
+    return packed if verdict.layout == "dense" else wanted
 
 
 def _apply(

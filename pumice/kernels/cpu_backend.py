@@ -36,7 +36,7 @@ CODED = ("int8", "int8-bitmask", "int4", "int4-bitmask")
 # Layouts that run as another one, whose positions are made from theirs when a layer is bound.
 RUN_AS = {"nm": "bitmask", "int8-nm": "int8-bitmask"}
 # Skipping whole blocks saves arithmetic too, so it pays for longer.
-DECODE_ROWS = {"block": 64, **dict.fromkeys(("bitmask", *CODED, *RUN_AS), 16)}
+DECODE_ROWS = {"dense": 4, "block": 64, **dict.fromkeys(("bitmask", *CODED, *RUN_AS), 16)}
 DECODE_GROUPS = (16, 32)
 PANEL_BYTES = 4 << 20
 CODES = {torch.bfloat16: 0, torch.float32: 1, torch.float16: 2}
@@ -158,6 +158,9 @@ class Plan:
             if packed.layout in CODED:
                 self.handle = self._coded(packed, stored, common)
                 return
+            if packed.layout == "dense":
+                self.handle = native.plan_dense(stored["weight"].data_ptr(), *common, CODES[packed.dtype])
+                return
             values = stored["values"]
             if packed.layout == "bitmask":
                 starts = stored.get(STARTS)
@@ -271,7 +274,8 @@ def panel(plan: Plan, bias: Tensor | None, granule: int = 1) -> Run:
 
 
 def _refuse_decode(call: Call) -> str | None:
-    reason = limits(call, devices=("cpu",), dtypes=PRODUCTS, max_rows=DECODE_ROWS[call.layout], instead="panel")
+    instead = "torch" if call.layout == "dense" else "panel"
+    reason = limits(call, devices=("cpu",), dtypes=PRODUCTS, max_rows=DECODE_ROWS[call.layout], instead=instead)
     group = call.params.get("group", DECODE_GROUPS[0])
     if reason is None and group not in DECODE_GROUPS:
         return f"groups of {group} have no kernel for few rows (16 and 32 only)"
@@ -299,4 +303,6 @@ def _extra(packed: Packed) -> int:
 FEW, MANY = "C++: weights streamed once, few rows", "C++ expands some rows, then dense product"
 for _layout in DECODE_ROWS:
     register(Backend("decode", "linear", _layout, _refuse_decode, _prepare_decode, 30, FEW, _extra))
+    if _layout == "dense":
+        continue
     register(Backend("panel", "linear", _layout, _refuse_panel, _prepare_panel, 20, MANY, _extra))

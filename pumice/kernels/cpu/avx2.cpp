@@ -13,6 +13,7 @@
 #include "driver.h"
 #include "coded.h"
 #include "grouped_tile.h"
+#include "decoder_pieces.h"
 
 namespace pumice {
 namespace {
@@ -117,6 +118,35 @@ struct Avx2 {
     }
   }
 
+  template <class T, int N>
+  static void row(const T* w, int64_t ahead, const float* x, int64_t stride, int64_t I, float* sums) {
+    constexpr int U = N == 1 ? 8 : N == 2 ? 4 : 2;  // sums in flight, to hide their latency
+    __m256 acc[N][U];
+    PUMICE_UNROLL
+    for (int n = 0; n < N; ++n)
+      PUMICE_UNROLL
+      for (int u = 0; u < U; ++u) acc[n][u] = _mm256_setzero_ps();
+    int64_t k = 0;
+    for (; k + 8 * U <= I; k += 8 * U)
+      PUMICE_UNROLL
+      for (int u = 0; u < U; ++u) {
+        _mm_prefetch((const char*)(w + k + u * 8 + ahead), _MM_HINT_T0);
+        const __m256 v = load8(w + k + 8 * u);
+        PUMICE_UNROLL
+        for (int n = 0; n < N; ++n) acc[n][u] = _mm256_fmadd_ps(v, load8(x + n * stride + k + 8 * u), acc[n][u]);
+      }
+    float rest[N] = {};
+    for (; k < I; ++k)
+      PUMICE_UNROLL
+      for (int n = 0; n < N; ++n) rest[n] += widen(w[k]) * x[n * stride + k];
+    PUMICE_UNROLL
+    for (int n = 0; n < N; ++n) {
+      __m256 total = acc[n][0];
+      for (int u = 1; u < U; ++u) total = _mm256_add_ps(total, acc[n][u]);
+      sums[n] = sum(total) + rest[n];
+    }
+  }
+
   template <class T, int M, int N>
   static void tile(const T* values, const int32_t* columns, int64_t begin, int64_t end, int64_t r, int64_t c,
                    int64_t ahead, const float* x, int64_t stride, float (*sums)[N]) {
@@ -176,6 +206,7 @@ struct Coded : PlainCoded {
 
 const Kernels table = {"avx2",
                        false,
+                       {dense_product<Avx2, BF16>, dense_product<Avx2, float>},
                        {bitmask_product<Avx2, BF16>, bitmask_product<Avx2, float>},
                        {block_product<Avx2, BF16>, block_product<Avx2, float>},
                        expand_rows<Avx2, uint16_t>,
@@ -230,6 +261,7 @@ const TileKernels tiles = {
 const Kernels* avx2_kernels() { return &table; }
 const StagePiece* avx2_stages() { return stages; }
 const TileKernels* avx2_tiles() { return &tiles; }
+const DecoderKernels* avx2_decoder() { return decoder_pieces; }
 
 }  // namespace pumice
 
@@ -239,6 +271,7 @@ const TileKernels* avx2_tiles() { return &tiles; }
 
 #else
 
+#include "decoder.h"
 #include "grouped.h"
 #include "tiles.h"
 
@@ -246,6 +279,7 @@ namespace pumice {
 const Kernels* avx2_kernels() { return nullptr; }
 const StagePiece* avx2_stages() { return nullptr; }
 const TileKernels* avx2_tiles() { return nullptr; }
+const DecoderKernels* avx2_decoder() { return nullptr; }
 }  // namespace pumice
 
 #endif

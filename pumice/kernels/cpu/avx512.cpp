@@ -16,6 +16,7 @@
 #include "avx512_coded.h"
 #include "avx512_grouped.h"
 #include "avx512_tiles.h"
+#include "decoder_pieces.h"
 
 namespace pumice {
 namespace {
@@ -42,6 +43,7 @@ struct Avx512 : Fp32Sums {
 
 const Kernels table = {"avx512",
                        false,
+                       {dense_product<Avx512, BF16>, dense_product<Avx512, float>},
                        {bitmask_product<Avx512, BF16>, bitmask_product<Avx512, float>},
                        {block_product<Avx512, BF16>, block_product<Avx512, float>},
                        expand_rows<Avx512, uint16_t>,
@@ -62,6 +64,7 @@ const TileKernels tiles = {
 const Kernels* avx512_kernels() { return &table; }
 const StagePiece* avx512_stages() { return stages; }
 const TileKernels* avx512_tiles() { return &tiles; }
+const DecoderKernels* avx512_decoder() { return decoder_pieces; }
 
 }  // namespace pumice
 
@@ -71,6 +74,7 @@ const TileKernels* avx512_tiles() { return &tiles; }
 
 #else
 
+#include "decoder.h"
 #include "grouped.h"
 #include "tiles.h"
 
@@ -78,6 +82,7 @@ namespace pumice {
 const Kernels* avx512_kernels() { return nullptr; }
 const StagePiece* avx512_stages() { return nullptr; }
 const TileKernels* avx512_tiles() { return nullptr; }
+const DecoderKernels* avx512_decoder() { return nullptr; }
 }  // namespace pumice
 
 #endif

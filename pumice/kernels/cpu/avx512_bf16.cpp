@@ -19,6 +19,7 @@
 #include "avx512_coded.h"
 #include "avx512_grouped.h"
 #include "avx512_tiles.h"
+#include "decoder_pieces.h"
 
 namespace pumice {
 namespace {
@@ -103,6 +104,38 @@ struct Bf16Sums {
         for (int u = 1; u < U; ++u) total = _mm512_add_ps(total, acc[m][n][u]);
         sums[m][n] = _mm512_reduce_add_ps(total);
       }
+  }
+
+  template <class T, int N>
+  static void row(const BF16* w, int64_t ahead, const BF16* x, int64_t stride, int64_t I, float* sums) {
+    constexpr int U = N == 1 ? 8 : N == 2 ? 4 : 2;  // sums in flight, to hide their latency
+    __m512 acc[N][U];
+    PUMICE_UNROLL
+    for (int n = 0; n < N; ++n)
+      PUMICE_UNROLL
+      for (int u = 0; u < U; ++u) acc[n][u] = _mm512_setzero_ps();
+    int64_t k = 0;
+    for (; k + 32 * U <= I; k += 32 * U)
+      PUMICE_UNROLL
+      for (int u = 0; u < U; ++u) {
+        _mm_prefetch((const char*)(w + k + u * 32 + ahead), _MM_HINT_T0);
+        const __m512bh v = pairs(_mm512_loadu_si512(w + k + 32 * u));
+        PUMICE_UNROLL
+        for (int n = 0; n < N; ++n) acc[n][u] = _mm512_dpbf16_ps(acc[n][u], v, pairs(_mm512_loadu_si512(x + n * stride + k + 32 * u)));
+      }
+    for (; k < I; k += 32) {
+      const __mmask32 inside = I - k >= 32 ? (__mmask32)0xffffffff : (__mmask32)((1u << (I - k)) - 1);
+      const __m512bh v = pairs(_mm512_maskz_loadu_epi16(inside, w + k));
+      PUMICE_UNROLL
+      for (int n = 0; n < N; ++n)
+        acc[n][0] = _mm512_dpbf16_ps(acc[n][0], v, pairs(_mm512_maskz_loadu_epi16(inside, x + n * stride + k)));
+    }
+    PUMICE_UNROLL
+    for (int n = 0; n < N; ++n) {
+      __m512 total = acc[n][0];
+      for (int u = 1; u < U; ++u) total = _mm512_add_ps(total, acc[n][u]);
+      sums[n] = _mm512_reduce_add_ps(total);
+    }
   }
 
   template <class T, int M, int N>
@@ -298,6 +331,7 @@ struct CodedBf16 : CodedFp32 {
 
 const Kernels table = {"avx512_bf16",
                        true,
+                       {dense_product<Bf16Sums, BF16>, dense_product<Fp32Sums, float>},
                        {bitmask_product<Bf16Sums, BF16>, bitmask_product<Fp32Sums, float>},
                        {block_product<Bf16Sums, BF16>, block_product<Fp32Sums, float>},
                        expand_rows<Expansion, uint16_t>,
@@ -399,6 +433,7 @@ const TileKernels tiles = {
 const Kernels* avx512_bf16_kernels() { return &table; }
 const StagePiece* avx512_bf16_stages() { return stages; }
 const TileKernels* avx512_bf16_tiles() { return &tiles; }
+const DecoderKernels* avx512_bf16_decoder() { return decoder_pieces; }
 
 }  // namespace pumice
 
@@ -408,6 +443,7 @@ const TileKernels* avx512_bf16_tiles() { return &tiles; }
 
 #else
 
+#include "decoder.h"
 #include "grouped.h"
 #include "tiles.h"
 
@@ -415,6 +451,7 @@ namespace pumice {
 const Kernels* avx512_bf16_kernels() { return nullptr; }
 const StagePiece* avx512_bf16_stages() { return nullptr; }
 const TileKernels* avx512_bf16_tiles() { return nullptr; }
+const DecoderKernels* avx512_bf16_decoder() { return nullptr; }
 }  // namespace pumice
 
 #endif

@@ -129,6 +129,28 @@ void block_product(const Matrix& w, int64_t begin, int64_t end, const Input& x, 
     }
 }
 
+// One row of a matrix stored whole times n <= N rows of x.
+template <class Isa, class T, int N>
+inline void row_up_to(int n, const Matrix& w, int64_t o, const Input& x, int64_t row, void* y) {
+  if constexpr (N > 0) {
+    if (n < N) return row_up_to<Isa, T, N - 1>(n, w, o, x, row, y);
+    typedef typename Isa::template X<T> X;
+    float sums[N];
+    Isa::template row<T, N>((const T*)w.values + o * w.I, kAhead / (int64_t)sizeof(T), (const X*)x.data + row * x.stride,
+                            x.stride, w.I, sums);
+    store<T>(w, o, row, N, sums, y);
+  }
+}
+
+// Row by row, as they lie in memory: several at once would load x less often, but read in as many places.
+template <class Isa, class T>
+void dense_product(const Matrix& w, int64_t begin, int64_t end, const Input& x, void* y, void*) {
+  const int64_t step = pass_rows(x.rows, 4);
+  for (int64_t o = begin; o < end; ++o)
+    for (int64_t row = 0; row < x.rows; row += step)
+      row_up_to<Isa, T, 4>((int)(x.rows - row < step ? x.rows - row : step), w, o, x, row, y);
+}
+
 // T is an unsigned integer of the values' width.
 template <class Isa, class T>
 void expand_rows(const Matrix& w, int64_t begin, int64_t end, void* out, void* scratch) {

@@ -24,7 +24,8 @@ namespace pumice {
 enum Dtype { kBF16 = 0, kF32 = 1, kF16 = 2 };
 enum Coding { kNumbers = 0, kInt8 = 1, kInt4 = 2 };
 
-// One stored matrix of O outputs and I inputs; either `mask` (layout bitmask) or `columns` (layout block) is set.
+// One stored matrix of O outputs and I inputs; `mask` (layout bitmask) or `columns` (layout block) is set, or
+// neither (dense).
 struct Matrix {
   const void* values;
   int64_t count;              // stored values
@@ -58,7 +59,7 @@ typedef void (*Expand)(const Matrix&, int64_t begin, int64_t end, void* out, voi
 struct Kernels {
   const char* name;
   bool bf16_input;            // products of bf16 read x as bf16; else x was widened to fp32
-  Product bitmask[2], block[2];  // by dtype: bf16, fp32
+  Product dense[2], bitmask[2], block[2];  // by dtype: bf16, fp32
   Expand expand16, expand32;
   Product coded[2];           // by dtype of the scales
   Expand coded_expand[2];

@@ -7,10 +7,12 @@
 #include <Python.h>
 
 #include "attention.h"
+#include "decoder.h"
 #include "features.h"
 #include "gram.h"
 #include "grouped.h"
 #include "kernels.h"
+#include "linear.h"
 #include "nm.h"
 #include "threads.h"
 #include "tiles.h"
@@ -18,29 +20,29 @@
 namespace pumice {
 namespace {
 
-const int64_t kWorkPerThread = 128 * 1024;  // bytes of stored weights below which another thread costs more than it gives
-
 const Kernels* active = nullptr;
 const StagePiece* active_stages = nullptr;
 const TileKernels* active_tiles = nullptr;
+const DecoderKernels* active_decoder = nullptr;
 
 struct Choice {
   const char* name;
   const Kernels* (*kernels)();
   const StagePiece* (*stages)();
   const TileKernels* (*tiles)();
+  const DecoderKernels* (*decoder)();
   const char* needs[8];
 };
 
 const Choice choices[] = {
     {"avx512_bf16",
-     avx512_bf16_kernels, avx512_bf16_stages, avx512_bf16_tiles,
+     avx512_bf16_kernels, avx512_bf16_stages, avx512_bf16_tiles, avx512_bf16_decoder,
      {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vbmi2", "avx512_bf16", "bmi2", nullptr}},
     {"avx512",
-     avx512_kernels, avx512_stages, avx512_tiles,
+     avx512_kernels, avx512_stages, avx512_tiles, avx512_decoder,
      {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "bmi2", nullptr}},
-    {"avx2", avx2_kernels, avx2_stages, avx2_tiles, {"avx2", "fma", "popcnt", "bmi2", nullptr}},
-    {"portable", portable_kernels, portable_stages, portable_tiles, {nullptr}},
+    {"avx2", avx2_kernels, avx2_stages, avx2_tiles, avx2_decoder, {"avx2", "fma", "popcnt", "bmi2", nullptr}},
+    {"portable", portable_kernels, portable_stages, portable_tiles, portable_decoder, {nullptr}},
 };
 
 // Null, or the first feature that is missing; "code" where this build lacks the kernels.
@@ -50,130 +52,12 @@ const char* missing(const Choice& choice) {
   return choice.kernels() ? nullptr : "code";
 }
 
-int element_size(int dtype) { return dtype == kF32 ? 4 : 2; }
-
-// Bytes of weights that rows 0 … o take to read: what the rows are shared out by.
-int64_t work_before(const Matrix& w, int64_t o) {
-  if (w.coding == kInt8) return (w.starts ? w.starts[o] : o * w.I) + o * 16;
-  if (w.coding == kInt4)
-    return (w.starts ? w.starts[o] : o * (w.I / w.group)) * (w.group / 2 + element_size(w.dtype)) + o * 16;
-  if (w.columns) return w.block_starts[o] * w.r * w.c * element_size(w.dtype) + o * 16;
-  return w.starts[o] * element_size(w.dtype) + o * ((w.I + 7) / 8) + o * 16;
+void take(const Choice& choice) {
+  active = choice.kernels(), active_stages = choice.stages();
+  active_tiles = choice.tiles(), active_decoder = choice.decoder();
 }
 
-int64_t row_count(const Matrix& w) { return w.columns ? w.O / w.r : w.O; }
-
-// First row of piece `k` of `pieces` that are equal in work, within rows [begin, end).
-int64_t piece_start(const Matrix& w, int64_t begin, int64_t end, int64_t k, int64_t pieces) {
-  if (k >= pieces) return end;
-  const int64_t base = work_before(w, begin);
-  const int64_t target = base + (work_before(w, end) - base) / pieces * k;
-  int64_t low = begin, high = end;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (work_before(w, middle) < target)
-      low = middle + 1;
-    else
-      high = middle;
-  }
-  return low;
-}
-
-struct Job {
-  const Matrix* w;
-  const Kernels* kernels;
-  Input x;
-  void* y;
-  int64_t begin, end, pieces;
-  bool expand;
-  bool out_of_memory;
-};
-
-// `Bytes` is the width of a row of a block where that is usual, so that the copy is one or two instructions; else 0.
-template <int Bytes>
-void copy_blocks(const Matrix& w, int64_t begin, int64_t end, char* out) {
-  const int64_t size = element_size(w.dtype), bytes = Bytes ? Bytes : w.c * size;
-  for (int64_t o = begin; o < end; ++o) {
-    char* row = out + (o - begin) * w.I * size;
-    memset(row, 0, (size_t)(w.I * size));
-    for (int64_t b = w.block_starts[o / w.r]; b < w.block_starts[o / w.r + 1]; ++b)
-      memcpy(row + w.columns[b] * bytes, (const char*)w.values + (b * w.r + o % w.r) * bytes,
-             Bytes ? Bytes : (size_t)bytes);
-  }
-}
-
-void expand_blocks(const Matrix& w, int64_t begin, int64_t end, char* out) {
-  const int64_t bytes = w.c * element_size(w.dtype);
-  if (bytes == 32) return copy_blocks<32>(w, begin, end, out);
-  if (bytes == 64) return copy_blocks<64>(w, begin, end, out);
-  if (bytes == 128) return copy_blocks<128>(w, begin, end, out);
-  copy_blocks<0>(w, begin, end, out);
-}
-
-void run_piece(Job& job, int64_t begin, int64_t end) {
-  const Matrix& w = *job.w;
-  if (begin >= end) return;
-  void* spare = scratch(0, (size_t)(2 * (w.I + 64) * element_size(w.dtype)));
-  if (!spare) {
-    job.out_of_memory = true;
-    return;
-  }
-  if (w.coding != kNumbers && !job.expand) return job.kernels->coded[w.dtype](w, begin, end, job.x, job.y, spare);
-  if (!job.expand)
-    return (w.columns ? job.kernels->block : job.kernels->bitmask)[w.dtype](w, begin, end, job.x, job.y, spare);
-  char* out = (char*)job.y + (begin - job.begin) * w.I * element_size(w.dtype);
-  if (w.coding != kNumbers) return job.kernels->coded_expand[w.dtype](w, begin, end, out, spare);
-  if (w.columns) return expand_blocks(w, begin, end, out);
-  (w.dtype == kF32 ? job.kernels->expand32 : job.kernels->expand16)(w, begin, end, out, spare);
-}
-
-void run_pieces(int64_t first, int64_t last, void* context) {
-  Job& job = *(Job*)context;
-  for (int64_t k = first; k < last; ++k) {
-    int64_t begin, end;
-    if (job.expand) {  // by rows: what is written, not what is read, takes the time
-      begin = job.begin + (job.end - job.begin) * k / job.pieces;
-      end = job.begin + (job.end - job.begin) * (k + 1) / job.pieces;
-    } else {
-      begin = piece_start(*job.w, job.begin, job.end, k, job.pieces);
-      end = piece_start(*job.w, job.begin, job.end, k + 1, job.pieces);
-    }
-    run_piece(job, begin, end);
-  }
-}
-
-// Returns false when memory ran out.
-bool run_job(Job& job, int64_t work, int64_t threads) {
-  job.pieces = work / kWorkPerThread;
-  if (job.pieces > threads) job.pieces = threads;
-  if (job.pieces < 1) job.pieces = 1;
-  parallel(job.pieces, run_pieces, &job);
-  return !job.out_of_memory;
-}
-
-// x as the kernels read it: as it is where they can, else copied, widened to fp32 if they need that, zero-padded.
-bool input_of(const Matrix& w, const Kernels& kernels, const void* x, int64_t rows, Input* out) {
-  const bool keep = w.dtype == kF32 || (kernels.bf16_input && w.coding != kInt8);
-  const int64_t padded = (w.I + 63) / 64 * 64, size = keep ? element_size(w.dtype) : 4;
-  *out = {x, w.I, rows};
-  if (keep && padded == w.I) return true;
-  char* copy = (char*)scratch(1, (size_t)(rows * padded * size));
-  if (!copy) return false;
-  for (int64_t row = 0; row < rows; ++row) {
-    char* to = copy + row * padded * size;
-    if (keep) {
-      memcpy(to, (const char*)x + row * w.I * size, (size_t)(w.I * size));
-    } else {
-      const BF16* from = (const BF16*)x + row * w.I;
-      for (int64_t i = 0; i < w.I; ++i) ((float*)to)[i] = widen(from[i]);
-    }
-    memset(to + w.I * size, 0, (size_t)((padded - w.I) * size));
-  }
-  *out = {copy, padded, rows};
-  return true;
-}
-
-// What a capsule with a stored matrix is called.
+// What a capsule is called, by what it holds.
 template <class Stored>
 struct Plan;
 template <>
@@ -189,6 +73,11 @@ template <class Stored>
 void free_plan(PyObject* capsule) {
   PyMem_Free(PyCapsule_GetPointer(capsule, Plan<Stored>::name));
 }
+
+template <>
+struct Plan<Decoder> {
+  static constexpr const char* name = "pumice._native.decoder";
+};
 
 // Integer arguments into `out`; false with a Python error set when their number or type is wrong.
 bool integers(PyObject* const* args, Py_ssize_t given, Py_ssize_t wanted, long long* out) {
@@ -238,6 +127,16 @@ PyObject* plan_bitmask(PyObject*, PyObject* const* args, Py_ssize_t count) {
     PyErr_SetString(PyExc_ValueError, "the bitmask does not have as many bits set as there are values");
     return nullptr;
   }
+  return plan_of(w);
+}
+
+// plan_dense(values, bias or 0, O, I, dtype) -> plan
+PyObject* plan_dense(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long v[5];
+  if (!integers(args, count, 5, v)) return nullptr;
+  Matrix w = {};
+  w.values = address<void>(v[0]), w.bias = address<float>(v[1]), w.O = v[2], w.I = v[3], w.dtype = (int)v[4];
+  w.count = w.O * w.I;
   return plan_of(w);
 }
 
@@ -300,10 +199,8 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   bool enough;
   Py_BEGIN_ALLOW_THREADS
-  Job job = {};
-  job.w = w, job.kernels = active, job.y = (void*)(intptr_t)v[2], job.end = row_count(*w);
-  enough = input_of(*w, *active, address<void>(v[0]), v[1], &job.x);
-  if (enough && v[1] > 0) enough = run_job(job, work_before(*w, job.end) * (v[1] < 4 ? 1 : v[1] / 4), v[3]);
+  void* y = (void*)(intptr_t)v[2];
+  enough = run_matrices(&w, &y, 1, *active, address<void>(v[0]), v[1], v[3]);
   Py_END_ALLOW_THREADS
   if (!enough) return PyErr_NoMemory();
   Py_RETURN_NONE;
@@ -320,9 +217,7 @@ PyObject* expand(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   bool enough;
   Py_BEGIN_ALLOW_THREADS
-  Job job = {};
-  job.w = w, job.kernels = active, job.begin = v[0], job.end = v[1], job.y = (void*)(intptr_t)v[2], job.expand = true;
-  enough = run_job(job, (v[1] - v[0]) * w->I * element_size(w->dtype), v[3]);
+  enough = expand_matrix(*w, *active, v[0], v[1], (void*)(intptr_t)v[2], v[3]);
   Py_END_ALLOW_THREADS
   if (!enough) return PyErr_NoMemory();
   Py_RETURN_NONE;
@@ -434,6 +329,89 @@ PyObject* run_tiles_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
+void free_decoder(PyObject* capsule) {
+  Decoder* d = (Decoder*)PyCapsule_GetPointer(capsule, Plan<Decoder>::name);
+  PyMem_Free((void*)d->layers);
+  PyMem_Free(d);
+}
+
+// plan_decoder(parts, norms, numbers, layers, D, F, heads, kv_heads, head, dtype) -> plan. `parts`: a list of the plans of
+// all matrices, which the caller keeps. `norms`: int64 [layers, 4], addresses of input_norm, mlp_norm, query_norm or 0,
+// key_norm or 0; and one more, of the norm behind the last layer. `numbers`: float64, eps and scale.
+PyObject* plan_decoder(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long v[9];
+  if (!count || !integers(args + 1, count - 1, 9, v)) return nullptr;
+  const int64_t layers = v[2];
+  const int64_t* norms = address<int64_t>(v[0]);
+  Decoder made = {};
+  made.count = layers, made.D = v[3], made.F = v[4], made.heads = v[5], made.kv_heads = v[6], made.head = v[7];
+  made.dtype = (int)v[8];
+  made.eps = (float)address<double>(v[1])[0], made.scale = (float)address<double>(v[1])[1];
+  bool fits = layers > 0 && PyList_Size(args[0]) == layers * kParts && made.kv_heads > 0 && made.head > 0 &&
+              made.heads % made.kv_heads == 0 && made.head <= kMostHead && made.head % 2 == 0 && made.dtype >= 0 &&
+              made.dtype <= kF32;
+  DecoderLayer* kept = fits ? (DecoderLayer*)PyMem_Malloc((size_t)layers * sizeof(DecoderLayer)) : nullptr;
+  Decoder* decoder = (Decoder*)PyMem_Malloc(sizeof(Decoder));
+  const int64_t queries = made.heads * made.head, keys = made.kv_heads * made.head;
+  const int64_t outputs[kParts] = {queries, keys, keys, made.D, made.F, made.F, made.D};
+  const int64_t inputs[kParts] = {made.D, made.D, made.D, queries, made.D, made.D, made.F};
+  for (int64_t i = 0; kept && i < layers; ++i) {
+    for (int k = 0; k < kParts; ++k) {
+      PyObject* part = PyList_GetItem(args[0], i * kParts + k);
+      Linear& to = kept[i].parts[k];
+      to = {};
+      if (PyCapsule_IsValid(part, Plan<Tiles>::name)) {
+        to.tiles = (const Tiles*)PyCapsule_GetPointer(part, Plan<Tiles>::name);
+        fits = fits && to.tiles->O == outputs[k] && to.tiles->I == inputs[k] && to.tiles->dtype == made.dtype;
+      } else if (PyCapsule_IsValid(part, Plan<Matrix>::name)) {
+        to.matrix = (const Matrix*)PyCapsule_GetPointer(part, Plan<Matrix>::name);
+        fits = fits && to.matrix->O == outputs[k] && to.matrix->I == inputs[k] && to.matrix->dtype == made.dtype;
+      } else {
+        fits = false;
+      }
+    }
+    kept[i].input_norm = address<float>(norms[4 * i]), kept[i].mlp_norm = address<float>(norms[4 * i + 1]);
+    kept[i].query_norm = address<float>(norms[4 * i + 2]), kept[i].key_norm = address<float>(norms[4 * i + 3]);
+  }
+  PyObject* capsule = nullptr;
+  if (!fits)
+    PyErr_SetString(PyExc_ValueError, "the matrices do not fit each other");
+  else if (!kept || !decoder)
+    PyErr_NoMemory();
+  else
+    capsule = PyCapsule_New(decoder, Plan<Decoder>::name, free_decoder);
+  if (!capsule) {
+    PyMem_Free(kept);
+    PyMem_Free(decoder);
+    return nullptr;
+  }
+  made.layers = kept, made.norm = address<float>(norms[4 * layers]);
+  *decoder = made;
+  return capsule;
+}
+
+// decode(plan, x, rows, cos, sin, caches, cache_batch, cache_head, length, mask or 0, y, threads): one token of `rows`
+// sequences through all layers. `caches`: int64 [layers, 2], addresses of keys and values.
+PyObject* decode_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long v[11];
+  const Decoder* d = count ? (const Decoder*)PyCapsule_GetPointer(args[0], Plan<Decoder>::name) : nullptr;
+  if (PyErr_Occurred() || !integers(args + 1, count - 1, 11, v)) return nullptr;
+  Token token = {};
+  token.x = address<void>(v[0]), token.rows = v[1], token.cos = address<void>(v[2]), token.sin = address<void>(v[3]);
+  token.caches = address<Cache>(v[4]), token.cache_batch = v[5], token.cache_head = v[6], token.length = v[7];
+  token.mask = address<uint8_t>(v[8]), token.y = (void*)(intptr_t)v[9];
+  if (token.rows < 0 || token.length < 1) {
+    PyErr_SetString(PyExc_ValueError, "a token has its place in a sequence of at least one");
+    return nullptr;
+  }
+  bool enough;
+  Py_BEGIN_ALLOW_THREADS
+  enough = decode(*d, token, *active, *active_tiles, active_decoder[d->dtype], v[10]);
+  Py_END_ALLOW_THREADS
+  if (!enough) return PyErr_NoMemory();
+  Py_RETURN_NONE;
+}
+
 // gram(x, T, I, sum, packed) -> whether this CPU could: sum [I, I] += xᵀx, upper triangle, x fp32 read as bf16
 PyObject* gram_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
   long long v[5];
@@ -528,7 +506,7 @@ PyObject* force(PyObject*, PyObject* name) {
     PyErr_Format(PyExc_ValueError, "no kernels %R on this CPU", name);
     return nullptr;
   }
-  active = found->kernels(), active_stages = found->stages(), active_tiles = found->tiles();
+  take(*found);
   Py_RETURN_NONE;
 }
 
@@ -548,6 +526,7 @@ PyMethodDef methods[] = {
     {"plan_bitmask", fast(plan_bitmask), METH_FASTCALL, "(values, count, mask, row_starts, bias, O, I, dtype) -> plan"},
     {"plan_coded", fast(plan_coded), METH_FASTCALL,
      "(values, stored, mask, row_starts, scales, zeros, bias, O, I, group, dtype) -> plan"},
+    {"plan_dense", fast(plan_dense), METH_FASTCALL, "(values, bias, O, I, dtype) -> plan"},
     {"plan_block", fast(plan_block), METH_FASTCALL,
      "(values, blocks, columns, row_starts, bias, O, I, r, c, dtype) -> plan"},
     {"run", fast(run), METH_FASTCALL, "(plan, x, rows, y, threads)"},
@@ -559,6 +538,9 @@ PyMethodDef methods[] = {
     {"plan_tiles", fast(plan_tiles), METH_FASTCALL,
      "(values, columns, order, steps, starts, bias, O, I, height, dtype) -> plan"},
     {"run_tiles", fast(run_tiles_of), METH_FASTCALL, "(plan, x, rows, y, threads)"},
+    {"plan_decoder", fast(plan_decoder), METH_FASTCALL,
+     "(parts, norms, numbers, layers, D, F, heads, kv_heads, head, dtype) -> plan"},
+    {"decode", fast(decode_of), METH_FASTCALL, "One token through all layers; see decode_of."},
     {"gram", fast(gram_of), METH_FASTCALL, "(x, T, I, sum, packed) -> whether this CPU could"},
     {"attention", fast(attention_of), METH_FASTCALL,
      "(q, k, v, out, packed, heads, T, D, scale in millionths, causal) -> whether this CPU could"},
@@ -581,6 +563,6 @@ PyModuleDef definition = {
 PyMODINIT_FUNC PyInit__native(void) {
   using namespace pumice;
   for (const Choice& choice : choices)
-    if (!active && !missing(choice)) active = choice.kernels(), active_stages = choice.stages(), active_tiles = choice.tiles();
+    if (!active && !missing(choice)) take(choice);
   return PyModule_Create(&definition);
 }

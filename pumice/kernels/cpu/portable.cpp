@@ -3,6 +3,7 @@
 #include "coded.h"
 #include "grouped_tile.h"
 #include "tiles_kernel.h"
+#include "decoder_pieces.h"
 
 #if defined(_MSC_VER) && !defined(__clang__)
 #include <intrin.h>
@@ -49,6 +50,21 @@ struct Portable {
     for (int n = 0; n < N; ++n) sums[0][n] = (total[0][n] + total[1][n]) + (total[2][n] + total[3][n]);
   }
 
+  template <class T, int N>
+  static void row(const T* w, int64_t, const float* x, int64_t stride, int64_t I, float* sums) {
+    constexpr int64_t kSide = 16;  // sums side by side, for vectors
+    for (int n = 0; n < N; ++n) {
+      const float* xs = x + n * stride;
+      float side[kSide] = {}, total = 0;
+      int64_t k = 0;
+      for (; k + kSide <= I; k += kSide)
+        for (int64_t l = 0; l < kSide; ++l) side[l] += widen(w[k + l]) * xs[k + l];
+      for (; k < I; ++k) total += widen(w[k]) * xs[k];
+      for (int64_t l = 0; l < kSide; ++l) total += side[l];
+      sums[n] = total;
+    }
+  }
+
   template <class T, int M, int N>
   static void tile(const T* values, const int32_t* columns, int64_t begin, int64_t end, int64_t r, int64_t c,
                    int64_t, const float* x, int64_t stride, float (*sums)[N]) {
@@ -80,6 +96,7 @@ struct Coded : PlainCoded {
 
 const Kernels table = {"portable",
                        false,
+                       {dense_product<Portable, BF16>, dense_product<Portable, float>},
                        {bitmask_product<Portable, BF16>, bitmask_product<Portable, float>},
                        {block_product<Portable, BF16>, block_product<Portable, float>},
                        expand_rows<Portable, uint16_t>,
@@ -178,5 +195,6 @@ const TileKernels tiles = {
 const Kernels* portable_kernels() { return &table; }
 const StagePiece* portable_stages() { return stages; }
 const TileKernels* portable_tiles() { return &tiles; }
+const DecoderKernels* portable_decoder() { return decoder_pieces; }
 
 }  // namespace pumice

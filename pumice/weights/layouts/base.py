@@ -224,6 +224,10 @@ def layout_named(name: str) -> type[Layout]:
     return registry.layout.get(name).obj
 
 
+class LayoutRefused(PumiceError):
+    """A layout cannot store this matrix: its zeros, its size or its numbers do not fit."""
+
+
 def pack(w_OI: Tensor, layout: str, *, grid: Grid | None = None, **params: int) -> Packed:
     """A matrix in the named layout; layouts of integers need the grid that the matrix lies on.
 
@@ -240,7 +244,7 @@ def pack(w_OI: Tensor, layout: str, *, grid: Grid | None = None, **params: int) 
     given: dict[str, Any] = _given(cls, grid, params)
     reason = cls.refuse(w_OI, **given)
     if reason is not None:
-        raise PumiceError(f"layout={layout!r} cannot store this {w_OI.shape[0]} x {w_OI.shape[1]} matrix: {reason}.")
+        raise LayoutRefused(f"layout={layout!r} cannot store this {w_OI.shape[0]} x {w_OI.shape[1]} matrix: {reason}.")
     return cls.pack(w_OI, **given)
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from pumice.core.registry import layout
 from pumice.weights.layouts.base import Layout, Packed, pack_bits, shape_fault, unpack_bits
 
+FILLED = 1.1
+"""Stored numbers a nonzero, up to which zeros count as N:M."""
 USUAL_M = (4, 8, 16, 32)
 # Up to here all positions of a pattern are looked up in a table, above it they are computed.
 TABLE_LIMIT = 1 << 16
@@ -107,7 +109,9 @@ class NOfM(Layout):
             # A few rows settle it for ordinary matrices, so that the full count is only made where it may pay.
             if w_OI.numel() and w_OI.shape[1] % m == 0 and _most(w_OI[:16], m) < m:
                 most = max(_most(w_OI, m), 1)
-                found += [{"n": most, "m": m}] if most < m else []
+                # Zeros anywhere leave no group full by chance; filled up, they would take more than under a bitmask.
+                by_chance = most * (w_OI.numel() // m) > FILLED * int((w_OI != 0).sum())
+                found += [{"n": most, "m": m}] if most < m and (most == 1 or not by_chance) else []
         return found
 
     @staticmethod
