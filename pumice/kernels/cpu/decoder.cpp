@@ -1,5 +1,11 @@
-// The walk through a decoder's layers, its pieces shared out among threads.
+// The walk through a decoder's layers: every thread walks all of them, does its share of each step and waits for the others.
+//
+// A step of a small model takes a few microseconds, about as long as starting a loop over threads, so they are started once
+// a token and meet at barriers. What is short and the same for all (norms, sums) each thread does for itself.
 #include "decoder.h"
+
+#include <atomic>
+#include <thread>
 
 #include "linear.h"
 #include "threads.h"
@@ -7,8 +13,42 @@
 namespace pumice {
 namespace {
 
-const int64_t kBytesPerThread = 64 * 1024;  // of keys and values below which another thread costs more than it gives
-const int64_t kGatesPerThread = 4096;
+const int64_t kBytesPerThread = 256 * 1024;  // of a layer's weights and cache, below which another thread costs more
+
+inline void pause() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// `count` pieces meet here again and again. Waiting is busy, since it is short, but gives way where threads lack cores.
+class Barrier {
+ public:
+  explicit Barrier(int64_t count) : count_(count) {}
+
+  void wait(int64_t pieces) {
+    const int64_t turn = turn_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(pieces, std::memory_order_acq_rel) + pieces == count_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      turn_.store(turn + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins)
+      if (spins < 2000)
+        pause();
+      else
+        std::this_thread::yield();
+  }
+
+ private:
+  std::atomic<int64_t> arrived_{0}, turn_{0};
+  const int64_t count_;
+};
+
+// What all threads see: results of steps, each at a multiple of 64 bytes.
+struct Shared {
+  char *q, *k, *v, *mixed, *gate, *up, *gated, *sum;
+};
 
 struct Walk {
   const Decoder& d;
@@ -16,135 +56,153 @@ struct Walk {
   const Kernels& kernels;
   const TileKernels& tiles;
   const DecoderKernels& pieces;
-  int64_t threads;
+  Shared shared;
+  int64_t count;  // of pieces
+  Barrier barrier;
+  std::atomic<bool> out_of_memory{false};
 
-  // Matrices that read the same x: all stored ones in one loop over the threads, tiles each in its own.
-  bool run(const DecoderLayer& layer, int first, int count, const void* x, void* const* y) const {
+  int64_t size() const { return element_size(d.dtype); }
+};
+
+int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// One thread's pieces [first, last) of every step.
+class Walker {
+ public:
+  Walker(Walk& walk, int64_t first, int64_t last) : w_(walk), d_(walk.d), t_(walk.token), first_(first), last_(last) {
+    // A thread without memory still comes to the barriers.
+    const int64_t numbers = t_.rows * d_.D;
+    char* room = (char*)scratch(3, (size_t)(rounded(numbers * 4) + numbers * w_.size()));
+    x_ = (float*)room, normed_ = room ? room + rounded(numbers * 4) : nullptr;
+    if (!room) fail();
+  }
+
+  void run() {
+    if (ok()) w_.pieces.widen(t_.x, t_.rows * d_.D, x_);
+    for (int64_t i = 0; i < d_.count; ++i) layer(d_.layers[i], t_.caches[i]);
+    if (ok() && first_ == 0) norm(d_.norm, (char*)t_.y);
+  }
+
+ private:
+  bool ok() const { return x_ != nullptr; }
+
+  void fail() {
+    x_ = nullptr;
+    w_.out_of_memory = true;
+  }
+
+  void meet() { w_.barrier.wait(last_ - first_); }
+
+  // Begin and end of this thread's share of n things.
+  int64_t begin_of(int64_t n) const { return n * first_ / w_.count; }
+  int64_t end_of(int64_t n) const { return n * last_ / w_.count; }
+
+  void norm(const float* weight, char* out) {
+    for (int64_t r = 0; r < t_.rows; ++r) w_.pieces.norm(x_ + r * d_.D, weight, d_.D, d_.eps, out + r * d_.D * w_.size());
+  }
+
+  // This thread's share of matrices that read the same x.
+  void products(const DecoderLayer& layer, int part, int count, const void* x, void* const* y) {
     const Matrix* matrices[kMostMatrices];
     void* results[kMostMatrices];
     int found = 0;
-    for (int k = 0; k < count; ++k) {
-      const Linear& part = layer.parts[first + k];
-      if (part.matrix)
-        matrices[found] = part.matrix, results[found++] = y[k];
-      else if (!run_tiles(*part.tiles, tiles, x, token.rows, y[k], threads))
-        return false;
+    for (int k = 0; k < count && ok(); ++k) {
+      const Linear& linear = layer.parts[part + k];
+      if (linear.matrix)
+        matrices[found] = linear.matrix, results[found++] = y[k];
+      else if (!run_tiles_share(*linear.tiles, w_.tiles, x, t_.rows, y[k], first_, last_, w_.count))
+        fail();
     }
-    return !found || run_matrices(matrices, results, found, kernels, x, token.rows, threads);
+    if (ok() && found && !run_share(matrices, results, found, w_.kernels, x, t_.rows, first_, last_, w_.count)) fail();
+    meet();
   }
 
-  void norm(const float* x, const float* weight, char* out) const {
-    for (int64_t r = 0; r < token.rows; ++r)
-      pieces.norm(x + r * d.D, weight, d.D, d.eps, out + r * d.D * element_size(d.dtype));
-  }
-};
-
-struct Heads {
-  const Attend* attend;
-  const DecoderKernels* pieces;
-  int64_t count, parts;
-  bool out_of_memory;
-};
-
-void attend_parts(int64_t first, int64_t last, void* context) {
-  Heads& job = *(Heads*)context;
-  float* scores = (float*)scratch(0, (size_t)(kHeadsAtOnce * job.attend->token->length) * sizeof(float));
-  if (!scores) {
-    job.out_of_memory = true;
-    return;
-  }
-  for (int64_t k = first; k < last; ++k)
-    job.pieces->attend(*job.attend, job.count * k / job.parts, job.count * (k + 1) / job.parts, scores);
-}
-
-int64_t part_count(int64_t work, int64_t each, int64_t most) {
-  const int64_t parts = work / each < most ? work / each : most;
-  return parts < 1 ? 1 : parts;
-}
-
-bool attend(const Walk& walk, const Cache& cache, const void* q, void* out) {
-  const Decoder& d = walk.d;
-  const Token& token = walk.token;
-  const Attend all = {q, out, &cache, &d, &token};
-  Heads job = {&all, &walk.pieces, token.rows * d.heads, 1, false};
-  const int64_t bytes = 2 * job.count * token.length * d.head * element_size(d.dtype);
-  job.parts = part_count(bytes, kBytesPerThread, walk.threads < job.count ? walk.threads : job.count);
-  parallel(job.parts, attend_parts, &job);
-  return !job.out_of_memory;
-}
-
-struct Gates {
-  const DecoderKernels* pieces;
-  const char *gate, *up;
-  char* out;
-  int64_t count, parts, size;
-};
-
-void gate_parts(int64_t first, int64_t last, void* context) {
-  const Gates& job = *(Gates*)context;
-  for (int64_t k = first; k < last; ++k) {
-    const int64_t begin = job.count * k / job.parts, end = job.count * (k + 1) / job.parts;
-    job.pieces->gate(job.gate + begin * job.size, job.up + begin * job.size, end - begin, job.out + begin * job.size);
-  }
-}
-
-// New keys or values [rows, kv_heads, head] to their place in the cache.
-void append(const Walk& walk, const char* from, void* cache) {
-  const Decoder& d = walk.d;
-  const Token& token = walk.token;
-  const int64_t size = element_size(d.dtype), bytes = d.head * size;
-  for (int64_t r = 0; r < token.rows; ++r)
-    for (int64_t h = 0; h < d.kv_heads; ++h) {
-      const int64_t to = r * token.cache_batch + h * token.cache_head + (token.length - 1) * d.head;
-      memcpy((char*)cache + to * size, from + (r * d.kv_heads + h) * bytes, (size_t)bytes);
+  // Heads of queries and keys to their places in the sequence, and the new keys and values to the cache.
+  void turn(const DecoderLayer& layer, const Cache& cache) {
+    const int64_t size = w_.size(), bytes = d_.head * size, all = d_.heads + 2 * d_.kv_heads, n = t_.rows * all;
+    for (int64_t i = begin_of(n); i < end_of(n); ++i) {
+      const int64_t r = i / all, h = i % all, k = (h - d_.heads) % d_.kv_heads;
+      const char *cos = (const char*)t_.cos + r * bytes, *sin = (const char*)t_.sin + r * bytes;
+      if (h < d_.heads) {
+        w_.pieces.turn(w_.shared.q + (r * d_.heads + h) * bytes, 1, d_.head, layer.query_norm, d_.eps, cos, sin);
+        continue;
+      }
+      const bool key = h < d_.heads + d_.kv_heads;
+      char* from = (key ? w_.shared.k : w_.shared.v) + (r * d_.kv_heads + k) * bytes;
+      if (key) w_.pieces.turn(from, 1, d_.head, layer.key_norm, d_.eps, cos, sin);
+      const int64_t to = r * t_.cache_batch + k * t_.cache_head + (t_.length - 1) * d_.head;
+      memcpy((char*)(key ? cache.keys : cache.values) + to * size, from, (size_t)bytes);
     }
+    meet();
+  }
+
+  void attend(const Cache& cache) {
+    const Attend all = {w_.shared.q, w_.shared.mixed, &cache, &d_, &t_};
+    float* scores = (float*)scratch(0, (size_t)(kHeadsAtOnce * t_.length) * sizeof(float));
+    if (!scores) fail();
+    if (ok()) w_.pieces.attend(all, begin_of(t_.rows * d_.heads), end_of(t_.rows * d_.heads), scores);
+    meet();
+  }
+
+  void gate() {
+    const int64_t n = t_.rows * d_.F, begin = begin_of(n), end = end_of(n), at = begin * w_.size();
+    w_.pieces.gate(w_.shared.gate + at, w_.shared.up + at, end - begin, w_.shared.gated + at);
+    meet();
+  }
+
+  void layer(const DecoderLayer& layer, const Cache& cache) {
+    void* const heads[] = {w_.shared.q, w_.shared.k, w_.shared.v};
+    void* const pair[] = {w_.shared.gate, w_.shared.up};
+    void* const sum[] = {w_.shared.sum};
+    if (ok()) norm(layer.input_norm, normed_);
+    products(layer, kQuery, 3, normed_, heads);
+    turn(layer, cache);
+    attend(cache);
+    products(layer, kOutput, 1, w_.shared.mixed, sum);
+    if (ok()) w_.pieces.add(w_.shared.sum, t_.rows * d_.D, x_), norm(layer.mlp_norm, normed_);
+    products(layer, kGated, 2, normed_, pair);
+    gate();
+    products(layer, kDown, 1, w_.shared.gated, sum);
+    if (ok()) w_.pieces.add(w_.shared.sum, t_.rows * d_.D, x_);
+  }
+
+  Walk& w_;
+  const Decoder& d_;
+  const Token& t_;
+  const int64_t first_, last_;
+  float* x_;      // [rows, D], each thread's own; null where memory ran out
+  char* normed_;  // [rows, D]
+};
+
+// Called by each thread with the pieces that it got: all of them where there are no other threads.
+void walk_pieces(int64_t first, int64_t last, void* context) { Walker(*(Walk*)context, first, last).run(); }
+
+int64_t piece_count(const Decoder& d, const Token& token, int64_t threads) {
+  int64_t bytes = 2 * token.rows * d.kv_heads * token.length * d.head * element_size(d.dtype);
+  for (const Linear& part : d.layers[0].parts)
+    bytes += part.matrix ? work_of(*part.matrix) : part.tiles->starts[chunk_count(*part.tiles) * tile_count(*part.tiles)] * 3;
+  const int64_t pieces = bytes / kBytesPerThread < threads ? bytes / kBytesPerThread : threads;
+  return pieces < 1 ? 1 : pieces;
 }
 
 }  // namespace
 
 bool decode(const Decoder& d, const Token& token, const Kernels& kernels, const TileKernels& tiles,
             const DecoderKernels& pieces, int64_t threads) {
-  const Walk walk = {d, token, kernels, tiles, pieces, threads};
-  const int64_t rows = token.rows, size = element_size(d.dtype);
-  const int64_t queries = d.heads * d.head, keys = d.kv_heads * d.head;
-  if (rows == 0) return true;
-  // Each part begins at a multiple of 64 bytes.
-  const int64_t width[] = {d.D * 4, d.D * size, queries * size, keys * size, keys * size, queries * size,
-                           d.F * size, d.F * size, d.F * size};
-  int64_t starts[10] = {};
-  for (int k = 0; k < 9; ++k) starts[k + 1] = starts[k] + (rows * width[k] + 63) / 64 * 64;
-  char* room = (char*)scratch(3, (size_t)starts[9]);
+  if (token.rows == 0) return true;
+  const int64_t row = token.rows * element_size(d.dtype);
+  const int64_t queries = rounded(d.heads * d.head * row), keys = rounded(d.kv_heads * d.head * row);
+  const int64_t inner = rounded(d.F * row), width = rounded(d.D * row);
+  char* room = (char*)scratch(4, (size_t)(2 * queries + 2 * keys + 3 * inner + width));
   if (!room) return false;
-  float* x = (float*)room;
-  char *normed = room + starts[1], *q = room + starts[2], *k = room + starts[3], *v = room + starts[4];
-  char *mixed = room + starts[5], *gate = room + starts[6], *up = room + starts[7], *gated = room + starts[8];
-  pieces.widen(token.x, rows * d.D, x);
-  for (int64_t i = 0; i < d.count; ++i) {
-    const DecoderLayer& layer = d.layers[i];
-    const Cache& cache = token.caches[i];
-    walk.norm(x, layer.input_norm, normed);
-    void* const heads[] = {q, k, v};
-    if (!walk.run(layer, kQuery, 3, normed, heads)) return false;
-    for (int64_t r = 0; r < rows; ++r) {
-      const char *cos = (const char*)token.cos + r * d.head * size, *sin = (const char*)token.sin + r * d.head * size;
-      pieces.turn(q + r * queries * size, d.heads, d.head, layer.query_norm, d.eps, cos, sin);
-      pieces.turn(k + r * keys * size, d.kv_heads, d.head, layer.key_norm, d.eps, cos, sin);
-    }
-    append(walk, k, cache.keys);
-    append(walk, v, cache.values);
-    void* const sum[] = {normed};
-    if (!attend(walk, cache, q, mixed) || !walk.run(layer, kOutput, 1, mixed, sum)) return false;
-    pieces.add(normed, rows * d.D, x);
-    walk.norm(x, layer.mlp_norm, normed);
-    void* const pair[] = {gate, up};
-    if (!walk.run(layer, kGated, 2, normed, pair)) return false;
-    Gates gates = {&pieces, gate, up, gated, rows * d.F, part_count(rows * d.F, kGatesPerThread, threads), size};
-    parallel(gates.parts, gate_parts, &gates);
-    if (!walk.run(layer, kDown, 1, gated, sum)) return false;
-    pieces.add(normed, rows * d.D, x);
-  }
-  walk.norm(x, d.norm, (char*)token.y);
-  return true;
+  Shared shared = {};
+  char** const places[] = {&shared.q, &shared.mixed, &shared.k, &shared.v, &shared.gate, &shared.up, &shared.gated, &shared.sum};
+  const int64_t bytes[] = {queries, queries, keys, keys, inner, inner, inner, width};
+  for (int k = 0; k < 8; room += bytes[k++]) *places[k] = room;
+  const int64_t count = piece_count(d, token, threads);
+  Walk walk{d, token, kernels, tiles, pieces, shared, count, Barrier(count)};
+  parallel(count, walk_pieces, &walk);
+  return !walk.out_of_memory;
 }
 
 }  // namespace pumice

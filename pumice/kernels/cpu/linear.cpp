@@ -159,25 +159,43 @@ bool input_of(const Matrix& w, const Kernels& kernels, const void* x, int64_t ro
   return true;
 }
 
-}  // namespace
-
-bool run_matrices(const Matrix* const* w, void* const* y, int count, const Kernels& kernels, const void* x, int64_t rows,
-                  int64_t threads) {
-  Products job = {};
-  job.w = w, job.y = y, job.count = count, job.kernels = &kernels;
+// Everything of a job but its pieces.
+bool gather(Products* job, const Matrix* const* w, void* const* y, int count, const Kernels& kernels, const void* x,
+            int64_t rows) {
+  job->w = w, job->y = y, job->count = count, job->kernels = &kernels;
   for (int m = 0; m < count; ++m) {
     // Those that read x in the same form share it.
     int like = 0;
     while (like < m && reads_as_it_is(*w[like], kernels) != reads_as_it_is(*w[m], kernels)) ++like;
     if (like < m)
-      job.x[m] = job.x[like];
-    else if (!input_of(*w[m], kernels, x, rows, &job.x[m]))
+      job->x[m] = job->x[like];
+    else if (!input_of(*w[m], kernels, x, rows, &job->x[m]))
       return false;
-    job.work += work_before(*w[m], row_count(*w[m]));
+    job->work += work_of(*w[m]);
   }
+  return true;
+}
+
+}  // namespace
+
+int64_t work_of(const Matrix& w) { return work_before(w, row_count(w)); }
+
+bool run_matrices(const Matrix* const* w, void* const* y, int count, const Kernels& kernels, const void* x, int64_t rows,
+                  int64_t threads) {
+  Products job = {};
+  if (!gather(&job, w, y, count, kernels, x, rows)) return false;
   if (rows == 0) return true;
   job.pieces = piece_count(job.work * (rows < 4 ? 1 : rows / 4), threads);
   parallel(job.pieces, run_products, &job);
+  return !job.out_of_memory;
+}
+
+bool run_share(const Matrix* const* w, void* const* y, int count, const Kernels& kernels, const void* x, int64_t rows,
+               int64_t first, int64_t last, int64_t pieces) {
+  Products job = {};
+  if (!gather(&job, w, y, count, kernels, x, rows)) return false;
+  job.pieces = pieces;
+  run_products(first, last, &job);
   return !job.out_of_memory;
 }
 

@@ -13,6 +13,11 @@ static inline int element_size(int dtype) { return dtype == kF32 ? 4 : 2; }
 // same x. False when memory ran out.
 bool run_matrices(const Matrix* const* w, void* const* y, int count, const Kernels&, const void* x, int64_t rows,
                   int64_t threads);
+// The same by a caller that has threads of its own: pieces [first, last) of `pieces` that are equal in work.
+bool run_share(const Matrix* const* w, void* const* y, int count, const Kernels&, const void* x, int64_t rows, int64_t first,
+               int64_t last, int64_t pieces);
+// Bytes of weights that a product takes to read.
+int64_t work_of(const Matrix&);
 // Rows [begin, end) of the matrix, dense, to `out` [end - begin, I]; false when memory ran out.
 bool expand_matrix(const Matrix&, const Kernels&, int64_t begin, int64_t end, void* out, int64_t threads);
 

@@ -101,7 +101,7 @@ void parallel(int64_t count, Piece piece, void* context) {
 }
 
 void* scratch(int slot, size_t bytes) {
-  static thread_local Buffer buffers[4];
+  static thread_local Buffer buffers[5];
   Buffer& buffer = buffers[slot];
   if (buffer.size < bytes + 64) {
     free(buffer.start);

@@ -14,7 +14,7 @@ void use_torch_threads(TorchParallelFor);
 // Runs pieces 0 … count - 1, each once, on up to `count` threads, and returns when all are done.
 void parallel(int64_t count, Piece, void* context);
 
-// Memory of the calling thread, 64-byte aligned, kept for the next call; slot 0 to 3. Null when there is none left.
+// Memory of the calling thread, 64-byte aligned, kept for the next call; slot 0 to 4. Null when there is none left.
 void* scratch(int slot, size_t bytes);
 
 }  // namespace pumice

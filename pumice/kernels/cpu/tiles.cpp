@@ -150,13 +150,24 @@ int64_t piece_count(const Tiles& w, int64_t rows, int64_t threads) {
   return std::max<int64_t>(1, std::min({work / kWorkPerThread, threads, chunk_count(w)}));
 }
 
-bool run_job(Job& job, int64_t threads) {
-  job.pieces = piece_count(*job.w, job.rows < 4 ? 1 : job.rows / 4, threads);
-  parallel(job.pieces, run_pieces, &job);
+// The threads that share a product: as many as there is work for, or those of a caller who runs some pieces of it himself.
+struct Crew {
+  int64_t threads;
+  int64_t first, last, pieces;  // pieces is 0 where the threads are started here
+};
+
+bool run_job(Job& job, const Crew& crew) {
+  if (crew.pieces) {
+    job.pieces = crew.pieces;
+    run_pieces(crew.first, crew.last, &job);
+  } else {
+    job.pieces = piece_count(*job.w, job.rows < 4 ? 1 : job.rows / 4, crew.threads);
+    parallel(job.pieces, run_pieces, &job);
+  }
   return !job.out_of_memory;
 }
 
-bool run_few(Job& job, const void* x, bool widened, int64_t threads) {
+bool run_few(Job& job, const void* x, bool widened, const Crew& crew) {
   const Tiles& w = *job.w;
   const int64_t padded = tile_count(w) * kTile;
   const bool wide = w.dtype == kF32 || widened;
@@ -172,23 +183,38 @@ bool run_few(Job& job, const void* x, bool widened, int64_t threads) {
       copy_rows((const uint16_t*)x, job.rows, w.I, padded, (uint16_t*)copy);
     job.x = copy;
   }
-  return run_job(job, threads);
+  return run_job(job, crew);
 }
 
-bool run_many(Job& job, const void* x, int64_t width, bool widened, int64_t threads) {
+bool run_many(Job& job, const void* x, int64_t width, bool widened, const Crew& crew) {
   const Tiles& w = *job.w;
   const int64_t padded = tile_count(w) * kTile;
   const bool wide = w.dtype == kF32 || widened;
   void* turned = scratch(1, (size_t)(padded * width * (wide ? 4 : 2)));
   if (!turned) return false;
-  Turn turn = {x, job.rows, w.I, padded, width, turned, piece_count(w, 1, threads)};
+  Turn turn = {x, job.rows, w.I, padded, width, turned, crew.pieces ? 1 : piece_count(w, 1, crew.threads)};
   parallel(turn.pieces,
            w.dtype == kF32 ? transpose_pieces<uint32_t, uint32_t>
            : wide          ? transpose_pieces<uint16_t, Widened>
                            : transpose_pieces<uint16_t, uint16_t>,
            &turn);
   job.x = turned, job.stride = width, job.room = (size_t)(w.height * width) * sizeof(float);
-  return run_job(job, threads);
+  return run_job(job, crew);
+}
+
+bool run_all(const Tiles& w, const TileKernels& kernels, const void* x, int64_t rows, void* y, const Crew& crew) {
+  const auto& k = kernels.of[w.dtype];
+  Job job = {&w, k.few, nullptr, 0, rows, y, 0, 0, false};
+  if (rows <= k.most) return run_few(job, x, k.few_widened, crew);
+  const int64_t size = w.dtype == kF32 ? 4 : 2;
+  for (int64_t row = 0; row < rows; row += job.rows) {
+    const int which = rows - row <= k.width[0] ? 0 : 1;
+    job.product = k.many[which];
+    job.rows = std::min(k.width[which], rows - row);
+    job.y = (char*)y + row * w.O * size;
+    if (!run_many(job, (const char*)x + row * w.I * size, k.width[which], k.many_widened, crew)) return false;
+  }
+  return true;
 }
 
 }  // namespace
@@ -236,18 +262,12 @@ void fill_tiles(const Rows& m, const void* values, int size, const Tiles& w, voi
 }
 
 bool run_tiles(const Tiles& w, const TileKernels& kernels, const void* x, int64_t rows, void* y, int64_t threads) {
-  const auto& k = kernels.of[w.dtype];
-  Job job = {&w, k.few, nullptr, 0, rows, y, 0, 0, false};
-  if (rows <= k.most) return run_few(job, x, k.few_widened, threads);
-  const int64_t size = w.dtype == kF32 ? 4 : 2;
-  for (int64_t row = 0; row < rows; row += job.rows) {
-    const int which = rows - row <= k.width[0] ? 0 : 1;
-    job.product = k.many[which];
-    job.rows = std::min(k.width[which], rows - row);
-    job.y = (char*)y + row * w.O * size;
-    if (!run_many(job, (const char*)x + row * w.I * size, k.width[which], k.many_widened, threads)) return false;
-  }
-  return true;
+  return run_all(w, kernels, x, rows, y, {threads, 0, 0, 0});
+}
+
+bool run_tiles_share(const Tiles& w, const TileKernels& kernels, const void* x, int64_t rows, void* y, int64_t first,
+                     int64_t last, int64_t pieces) {
+  return run_all(w, kernels, x, rows, y, {1, first, last, pieces});
 }
 
 }  // namespace pumice

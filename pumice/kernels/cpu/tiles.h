@@ -68,5 +68,8 @@ void fill_tiles(const Rows&, const void* values, int size, const Tiles&, void* t
                 int64_t threads);
 // y [rows, O] = x [rows, I] times the matrix, and the bias; false when memory ran out.
 bool run_tiles(const Tiles&, const TileKernels&, const void* x, int64_t rows, void* y, int64_t threads);
+// The same by a caller that has threads of its own: pieces [first, last) of `pieces` that are equal in work.
+bool run_tiles_share(const Tiles&, const TileKernels&, const void* x, int64_t rows, void* y, int64_t first, int64_t last,
+                     int64_t pieces);
 
 }  // namespace pumice
