@@ -23,10 +23,17 @@ from pumice.kernels import cpu_backend, features, ops, reference  # noqa: E402
 
 ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
 LAYOUTS = {"bitmask": {}, "nm": {"n": 2, "m": 4}, "block": {"r": 4, "c": 8}, "csr": {}}
+WITH_DENSE = {"dense": {}, **LAYOUTS}
 ROWS = (*range(18), 33, 130)
-ANYHOW = ("bitmask", "csr")
+ANYHOW = ("dense", "bitmask", "csr")
 """Layouts that take any zeros."""
-NATIVE = {"bitmask": {"decode", "panel"}, "nm": {"decode", "panel"}, "block": {"decode", "panel"}, "csr": {"tiles"}}
+NATIVE = {
+    "dense": {"decode"},
+    "bitmask": {"decode", "panel"},
+    "nm": {"decode", "panel"},
+    "block": {"decode", "panel"},
+    "csr": {"tiles"},
+}
 SHAPES = {
     "anyhow": ((1, 1), (3, 7), (33, 65), (5, 1000), (130, 128), (40, 64), (300, 513), (17, 256)),
     "nm": (
@@ -85,7 +92,7 @@ def mask_of(layout: str, o: int, i: int, params: dict[str, int], density: float 
 
 
 def matrix(layout, o, i, dtype, params=None, density=0.5) -> base.Packed:
-    params = LAYOUTS[layout] if params is None else params
+    params = WITH_DENSE[layout] if params is None else params
     w_OI = torch.where(mask_of(layout, o, i, params, density), torch.randn(o, i), 0.0).to(dtype)
     return base.pack(w_OI, layout, **params)
 
@@ -179,7 +186,7 @@ def test_empty_and_full_matrices(isa, layout, density):
 
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", WITH_DENSE)
 def test_as_many_threads_as_torch_has_give_the_same_bits(isa, layout, dtype):
     # Large enough that threads are used at all; the uneven rows make odd shares.
     packed = matrix(layout, 516, 1024, dtype)
@@ -236,7 +243,7 @@ def test_threads_of_its_own_where_torch_lends_none():
 
 
 @needs_native
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", WITH_DENSE)
 def test_x_may_lie_anyhow_but_must_fit(layout):
     packed = matrix(layout, 16, 64, torch.float32)
     run = dispatch.get("linear", layout, few(layout)).prepare(packed, None)
@@ -440,7 +447,7 @@ def test_installation_succeeds_without_a_compiler_and_says_what_is_lost(tmp_path
     assert "the C++ kernels were not built" in done.stderr
 
 
-@pytest.mark.parametrize("layout", ["dense", *LAYOUTS])
+@pytest.mark.parametrize("layout", WITH_DENSE)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_what_pytorch_brings_along(layout, dtype):
     packed = matrix(layout, 24, 64, dtype, {} if layout == "dense" else None)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from pumice.core import dispatch
-from pumice.core.decoder import PARTS, Decoder, DecoderLayer
+from pumice.core.decoder import Decoder, DecoderLayer
 from pumice.core.errors import PumiceError
 from pumice.weights.layouts.base import pack as pack_as
 from pumice.weights.modules import SparseLinear
@@ -32,6 +32,7 @@ ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 HEAD_ROWS = 4
 ROOM = 256
 """Tokens by which a cache grows at least."""
+CAPTURE = "transformers.utils.output_capturing"
 PLAIN = {"cache_position", "use_cache", "return_dict", "output_attentions", "output_hidden_states"}
 
 
@@ -41,14 +42,16 @@ def fuse(model: nn.Module) -> nn.Module:
     Raises:
         PumiceError: the model is no decoder of a known family, or no kernel runs it; the message says why.
     """
-    reason = why_not(model)
-    if reason is not None:
-        raise PumiceError(f"model={type(model).__name__} cannot decode in one call: {reason}.")
-    decoder = cast(nn.Module, _decoder_of(model))
-    forward = decoder.__dict__.get("forward")
-    if not isinstance(forward, FusedForward):
-        forward = decoder.__dict__["forward"] = FusedForward(decoder)
-    forward.bind()
+    try:
+        decoder = _decoder_of(model)
+        forward = decoder.__dict__.get("forward")
+        if not isinstance(forward, FusedForward):
+            forward = FusedForward(decoder)
+        forward.bind()
+    except PumiceError as error:
+        reason = str(error).rstrip(".")
+        raise PumiceError(f"model={type(model).__name__} cannot decode in one call: {reason}.") from None
+    decoder.__dict__["forward"] = forward
     head = getattr(model, "lm_head", None)
     if type(head) is nn.Linear and "forward" not in head.__dict__:
         head.__dict__["forward"] = FewRows(head)
@@ -68,41 +71,40 @@ def is_fused(model: nn.Module) -> bool:
     return any(isinstance(module.__dict__.get("forward"), FusedForward) for module in model.modules())
 
 
-def why_not(model: nn.Module) -> str | None:
-    """The reason why a model cannot be fused, or None."""
-    decoder = _decoder_of(model)
-    if decoder is None:
-        config = getattr(model, "config", None)
-        kind = getattr(config, "model_type", type(model).__name__)
-        return f"{kind} is none of {', '.join(FAMILIES)}"
-    config: Any = decoder.config
+def _decoder_of(model: nn.Module) -> nn.Module:
+    """The part of a model that holds the layers.
+
+    Raises:
+        PumiceError: there is none of a known family, or one that computes something else.
+    """
+    found = None
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "model_type", None) in FAMILIES and isinstance(
+            getattr(module, "layers", None), nn.ModuleList
+        ):
+            found = module
+            break
+    if found is None:
+        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        raise PumiceError(f"{kind} is none of {', '.join(FAMILIES)}")
+    config = found.config
     if getattr(config, "hidden_act", "silu") not in ("silu", "swish"):
-        return f"its activation is {config.hidden_act}, not silu"
+        raise PumiceError(f"its activation is {config.hidden_act}, not silu")
     windows = {kind for kind in getattr(config, "layer_types", None) or () if kind != "full_attention"}
     if windows or (config.model_type == "mistral" and getattr(config, "sliding_window", None) is not None):
-        return f"its attention sees a window ({', '.join(windows) or 'sliding_window'})"
-    try:
-        described = _describe(decoder)
-        _backend(described, 1)
-    except PumiceError as error:
-        return str(error).rstrip(".")
-    return None
+        raise PumiceError(f"its attention sees a window ({', '.join(sorted(windows)) or 'sliding_window'})")
+    return found
 
 
-def _decoder_of(model: nn.Module) -> nn.Module | None:
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if getattr(config, "model_type", None) in FAMILIES and isinstance(getattr(module, "layers", None), nn.ModuleList):
-            return module
-    return None
-
-
-def _backend(decoder: Decoder, rows: int) -> dispatch.Backend:
-    device = str(decoder.norm.device)
-    shape = decoder.width, decoder.inner
-    return dispatch.choose(
-        dispatch.Call("decoder", "dense", decoder.dtype, device, rows, shape, {"head": decoder.head})
-    )
+def _backend(decoder: Decoder) -> dispatch.Backend:
+    shape, device = (decoder.width, decoder.inner), str(decoder.norm.device)
+    call = dispatch.Call("decoder", "dense", decoder.dtype, device, 1, shape, {"head": decoder.head})
+    found = dispatch.candidates(call)
+    for backend, reason in found:
+        if reason is None:
+            return backend
+    raise PumiceError("; ".join(f"{backend.name}: {reason}" for backend, reason in found) or "no kernel is there")
 
 
 def _linears(layer: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
@@ -146,7 +148,12 @@ def _describe(decoder: nn.Module) -> Decoder:
     dtypes = {stored.dtype for layer in layers for stored, _ in layer.parts.values()}
     if len(dtypes) != 1:
         raise PumiceError(f"its matrices have several dtypes ({', '.join(map(str, dtypes))})")
-    devices = {tensor.device.type for layer in layers for stored, _ in layer.parts.values() for tensor in stored.tensors.values()}
+    devices = {
+        tensor.device.type
+        for layer in layers
+        for stored, _ in layer.parts.values()
+        for tensor in stored.tensors.values()
+    }
     if devices != {"cpu"}:
         raise PumiceError(f"its weights are on {', '.join(sorted(devices))}, not on cpu")
     first: Any = blocks[0].self_attn
@@ -204,7 +211,10 @@ class _Watch:
         return not same or self._state() != (self.pointers, self.versions)
 
     def hooked(self) -> bool:
-        return any(self.hooks)
+        # Those of Transformers stay once they were needed, and do nothing where no outputs of layers are asked for.
+        return any(self.hooks) and any(
+            getattr(hook, "__module__", "") != CAPTURE for hooks in self.hooks for hook in hooks.values()
+        )
 
 
 class FusedForward:
@@ -219,7 +229,10 @@ class FusedForward:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy binds its own weights when it is first called.
-        return {"decoder": self.decoder, "watch": None, "run": None, "described": None}
+        return {"decoder": self.decoder}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        FusedForward.__init__(self, state["decoder"])
 
     def bind(self) -> None:
         """Make the plan for the weights as they are now.
@@ -228,7 +241,7 @@ class FusedForward:
             PumiceError: a layer is of a kind or layout that has no kernel for single tokens.
         """
         described = _describe(self.decoder)
-        self.run = _backend(described, 1).prepare(described, None)
+        self.run = _backend(described).prepare(described, None)
         self.described, self.watch = described, _Watch(self.decoder)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -269,7 +282,8 @@ class FusedForward:
             return None
         x = decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         described = self.described
-        assert described is not None and self.run is not None
+        assert described is not None
+        assert self.run is not None
         if x.dtype is not described.dtype or not x.is_cpu:
             return None
         room = cache.room(past_key_values, described, batch, length)
@@ -284,7 +298,9 @@ class FusedForward:
         cache.advance(past_key_values, room, length)
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
-        return BaseModelOutputWithPast(last_hidden_state=cast(Any, y.view(batch, 1, -1)), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(
+            last_hidden_state=cast(Any, y.view(batch, 1, -1)), past_key_values=past_key_values
+        )
 
     def _ready(self) -> bool:
         """Whether the plan is that of the weights as they are; a new one is made where they changed."""
@@ -307,7 +323,10 @@ class FewRows:
         functools.update_wrapper(self, type(layer).forward, updated=())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layer": self.layer, "bound": None}
+        return {"layer": self.layer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        FewRows.__init__(self, state["layer"])
 
     def __call__(self, input: Tensor) -> Tensor:
         layer = self.layer
@@ -382,16 +401,16 @@ class _Dynamic:
         layers = cache.layers
         found: _Room | None = cache.__dict__.get("_pumice_room")
         held = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
-        if found is not None and len(found.views) == len(held) and all(a is b for a, b in zip(found.views, held)):
-            assert found.buffer is not None
-            if length <= found.buffer.shape[3]:
+        if found is not None and found.buffer is not None and len(found.views) == len(held):
+            same = all(map(operator.is_, found.views, held))
+            if same and length <= found.buffer.shape[3]:
                 return found
         shape = batch, decoder.kv_heads, length - 1, decoder.head
         if len(layers) != len(decoder.layers) or any(t.shape != shape or t.dtype is not decoder.dtype for t in held):
             return None
         most = length + max(ROOM, length // 2)
         buffer = torch.empty(len(held), batch, decoder.kv_heads, most, decoder.head, dtype=decoder.dtype)
-        for place, tensor in zip(buffer, held):
+        for place, tensor in zip(buffer, held, strict=True):
             place[:, :, : length - 1] = tensor
         starts = buffer.data_ptr() + torch.arange(len(held)) * (buffer.stride(0) * buffer.element_size())
         return _Room(starts, (buffer.stride(1), buffer.stride(2)), buffer)

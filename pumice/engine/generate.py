@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 from pumice.core.errors import PumiceError
+from pumice.engine.fuse import fuse, is_fused, unfuse
 from pumice.engine.logits import device_of, evaluating
 from pumice.engine.models import context_length, model_kind
 
@@ -52,11 +55,13 @@ def generate(
     chat: bool = True,
     temperature: float = 0.0,
     seed: int = 0,
+    fused: bool = True,
 ) -> Generation:
     """Continue a prompt through Hugging Face's generate; greedy at temperature 0, else sampled with `seed`.
 
     With `chat` the prompt becomes a user's turn where the tokenizer has a chat template. Prefill lasts until the first
-    new token. Raises PumiceError: no language model, no tokenizer, empty prompt, prompt beyond the context.
+    new token. With `fused` a token goes through all layers in one call (`pumice.fuse`), where the model is of a kind that
+    can. Raises PumiceError: no language model, no tokenizer, empty prompt, prompt beyond the context.
     """
     if model_kind(model) not in ("causal-lm", "seq2seq-lm"):
         raise PumiceError(f"generate needs a language model and got {type(model).__name__} ({model_kind(model)}).")
@@ -80,13 +85,30 @@ def generate(
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         options["pad_token_id"] = tokenizer.eos_token_id
     devices = [device_of(model)] if device_of(model).type == "cuda" else []
-    with evaluating(model), torch.random.fork_rng(devices=devices):
+    with evaluating(model), torch.random.fork_rng(devices=devices), _one_call(model, fused):
         torch.manual_seed(seed)
         begin = time.perf_counter()
         output = model.generate(**inputs, **options)  # pyright: ignore[reportCallIssue]
         end = time.perf_counter()
     new = output[0] if model_kind(model) == "seq2seq-lm" else output[0, length:]
     return _result(tokenizer, new.tolist(), length, begin, clock.times, end)
+
+
+@contextmanager
+def _one_call(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """The model fused, or as it is: where that cannot be, or it is already."""
+    if not wanted or is_fused(model):
+        yield
+        return
+    try:
+        fuse(model)
+    except PumiceError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        unfuse(model)
 
 
 _SAMPLING = ("temperature", "top_p", "top_k")

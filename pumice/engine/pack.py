@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from pumice.core.errors import PumiceError
 from pumice.core.progress import bar
 from pumice.core.view import WeightView, module_views
 from pumice.engine import verdicts
+from pumice.engine.fuse import fuse, unfuse
 from pumice.engine.layer_timing import Timing, Verdict, measure
 from pumice.weights.grid import Coding, kept
 from pumice.weights.layouts.base import LayoutRefused, Packed, pack_smallest, repack
@@ -87,6 +89,7 @@ def pack(
     Every layout that fits a layer's zeros is timed against the best dense backend on this machine, with the caller's
     thread count and weights out of cache, at the given batch sizes (rows: sequences × tokens of one forward pass).
     The layout with the best geometric mean wins, dense unless it is beaten by 3 %. `describe` tells what was chosen.
+    A decoder of a family that `fuse` knows then takes single tokens through all its layers in one call.
     What was measured on this machine before, for such a layer, is not measured again.
 
     Args:
@@ -128,6 +131,8 @@ def pack(
                 model = replace_module(model, name, new)
             shown.update()
     choices += _kept(model)
+    with suppress(PumiceError):  # of another family, or with a layer that no kernel for single tokens runs
+        fuse(model)
     model.__dict__["_pumice_description"] = Description(choices, tuple(rows), torch.get_num_threads())
     return model
 
@@ -135,7 +140,7 @@ def pack(
 def unpack(model: nn.Module) -> nn.Module:
     """Every sparse layer as an ordinary dense one again, zeros written out, in place; returns the model."""
     model.__dict__.pop("_pumice_description", None)
-    return densify(model)
+    return densify(unfuse(model))
 
 
 def describe(model: nn.Module) -> Description:
