@@ -270,12 +270,13 @@ def decoding(results: Results) -> str:
                 label,
                 f"{row['ms']:.1f}",
                 f"{row['over']:.2f}×",
+                f"{row['over_control']:.2f}×" if row["over_control"] else "–",
                 f"{row['bytes'] / 1e6:,.0f}",
                 ", ".join(f"{count} {layout}" for layout, count in row["layouts"].items()),
             ]
             for label, row in sorted(measured.items(), key=lambda one: -one[1]["ms"])
         ]
-        parts.append(table([name, "ms a token", "over the best dense bf16", "MB in memory", "layers by layout"], rows))
+        parts.append(table([name, "ms a token", "over PyTorch's best bf16", "over `dense bf16`", "MB in memory", "layers by layout"], rows))
         if absent := [f"{label} ({row['missing']})" for label, row in found["rows"].items() if "missing" in row]:
             parts.append(f"Not measured: {', '.join(absent)}.")
         parts.append(f"({machine(found['machine'])}.)")

@@ -202,9 +202,11 @@ def verdict(run: Run) -> str:
     for kind in ("decode", "prefill", "forward"):
         ours, theirs = _speed(1, kind)(sparse), best_speed(run, kind)
         if ours and theirs:
-            ratio = ours / theirs
-            how = "as fast as dense" if abs(ratio - 1) <= EQUAL else f"{ratio:.2f}× the speed of dense"
-            parts.append(f"{kind} at {how}" if "×" in how else f"{kind} {how}")
+            ratio, loaded = ours / theirs, _speed(1, kind)(dense)
+            how = "as fast as dense" if abs(ratio - 1) <= EQUAL else f"at {ratio:.2f}× the speed of dense"
+            if loaded and loaded < theirs / (1 + EQUAL):
+                how += f" packed by Pumice, {ours / loaded:.2f}× that of dense as loaded"
+            parts.append(f"{kind} {how}")
     if not parts:
         return ""
     kept = run.prune.get("density")

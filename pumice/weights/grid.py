@@ -5,8 +5,10 @@ Shapes: O outputs, I inputs, G groups of a row (one where the whole row shares a
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 from pumice.core.errors import PumiceError
 from pumice.core.view import WeightView
 
+SLICE = 1 << 20
+"""Weights rounded at once, so that what lies between is in the cache."""
 KEPT = "_pumice_grids"
 """Attribute of a module that holds the grids of its weights: {(parameter, expert): Grid}."""
 
@@ -32,6 +36,9 @@ class Grid:
     scales: Tensor
     zeros: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_last"}
+
     @property
     def rows(self) -> int:
         return self.scales.shape[0]
@@ -41,12 +48,23 @@ class Grid:
         return w_OI.unflatten(-1, (self.scales.shape[1], -1)) if w_OI.shape[1] else w_OI[:, :, None][:, :0]
 
     def levels(self, w_OI: Tensor) -> Tensor:
-        """The integers k that come nearest, int8 [O, I] (a weight that is not finite becomes 0)."""
+        """The integers k that come nearest, int8 [O, I] (a weight that is not finite becomes 0); to be read only."""
         if not w_OI.numel():
             return torch.zeros(w_OI.shape, dtype=torch.int8, device=w_OI.device)
-        zeros = None if self.zeros is None else self.zeros.to(w_OI.device)[..., None].float()
-        found = nearest(self.grouped(w_OI.float()), self.scales.to(w_OI.device)[..., None], zeros, self.bits)
-        return found.flatten(1).to(torch.int8)
+        # Every layout asks for them while one is chosen. They are kept as long as the matrix lives and is unchanged.
+        last: tuple[weakref.ref[Tensor], int, Tensor] | None = self.__dict__.get("_last")
+        version = -1 if w_OI.is_inference() else w_OI._version
+        if last is not None and last[0]() is w_OI and last[1] == version >= 0:
+            return last[2]
+        found = torch.empty(w_OI.shape, dtype=torch.int8, device=w_OI.device)
+        height = max(1, SLICE // w_OI.shape[1])
+        for rows in (slice(a, a + height) for a in range(0, w_OI.shape[0], height)):
+            zeros = None if self.zeros is None else self.zeros[rows].to(w_OI.device)[..., None].float()
+            w = self.grouped(w_OI[rows].float())
+            found[rows] = nearest(w, self.scales[rows].to(w_OI.device)[..., None], zeros, self.bits).flatten(1)
+        here = self.__dict__
+        here["_last"] = (weakref.ref(w_OI, lambda _: here.pop("_last", None)), version, found)
+        return found
 
     def matrix(self, levels_OI: Tensor, dtype: torch.dtype) -> Tensor:
         """w = s·k, multiplied in float32 and rounded once to `dtype`."""
@@ -66,7 +84,9 @@ class Grid:
             return False
         if w_OI.dtype == torch.float16 and not torch.equal(self.scales.half().float(), self.scales):
             return False
-        return torch.equal(self.snap(w_OI), w_OI)
+        levels, height = self.levels(w_OI), max(1, SLICE // max(1, w_OI.shape[1]))
+        slices = [slice(a, a + height) for a in range(0, w_OI.shape[0], height)]
+        return all(torch.equal(self.part(rows).matrix(levels[rows], w_OI.dtype), w_OI[rows]) for rows in slices)
 
     def belongs(self, w_OI: Tensor) -> bool:
         """Whether a matrix came from this grid: it lies on it, or was rounded to half precision and widened again."""
