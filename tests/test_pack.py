@@ -173,3 +173,19 @@ def test_values_changes_the_type_and_refuses_others():
     assert packed(torch.randn(1, 96, dtype=torch.bfloat16)).dtype == torch.bfloat16
     with pytest.raises(PumiceError, match="values"):
         pumice.pack(model(), values="int5")
+
+
+def test_zeros_elsewhere_are_measured_for_themselves(monkeypatch):
+    """Layers of one shape and density share a measurement, but 2:4 is nothing for zeros that lie anywhere."""
+    clock("nm", monkeypatch)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    with torch.no_grad():
+        for index in (0, 2):
+            net[index].weight.mul_(torch.rand(64, 16, 4).argsort(-1).lt(2).flatten(1))
+        net[1].weight.mul_(torch.rand(4096).argsort().lt(2048).view(64, 64))
+    x = torch.randn(3, 64)
+    before = net(x)
+    packed = pumice.pack(net, progress=False)
+    assert [layer.layout for layer in pumice.describe(packed).layers] == ["nm", "dense", "nm"]
+    torch.testing.assert_close(packed(x), before, rtol=1e-4, atol=1e-4)

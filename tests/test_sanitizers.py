@@ -11,7 +11,13 @@ import pytest
 from pumice.kernels import cpu_backend
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("test_fuse.py", "test_kernels.py", "test_coded_kernels.py", "test_grouped_kernels.py", "test_calibration_kernels.py")
+TESTS = (
+    "test_fuse.py",
+    "test_kernels.py",
+    "test_coded_kernels.py",
+    "test_grouped_kernels.py",
+    "test_calibration_kernels.py",
+)
 FAULT = """
 static int broken[4];
 extern "C" __attribute__((visibility("default"))) int read_at(int i) { return broken[i]; }

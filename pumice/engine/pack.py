@@ -112,20 +112,14 @@ def pack(
         coding = _coding(values)
     jobs = list(_packable(model))
     budget = min(COLD_BYTES, sum(packed.dense_nbytes for _, _, packed in jobs))
-    measured: dict[Any, Verdict] = {}
+    measured: dict[Any, list[Verdict]] = {}
     choices: list[LayerChoice] = []
     with bar(len(jobs), "pack", enabled=progress, unit="layer") as shown, torch.no_grad():
         for name, module, packed in jobs:
             wanted = _as_integers(name, module, packed, coding)
-            key = _signature(wanted)
-            if key not in measured:
-                measured[key] = verdict_of(wanted, rows, budget, remeasure)
-            try:
-                choice, new = _apply(name, module, _source(packed, wanted, measured[key]), measured[key], rows)
-            except LayoutRefused:
-                # What was measured had as many zeros, but elsewhere.
-                measured[key] = verdict_of(wanted, rows, budget, remeasure=True)
-                choice, new = _apply(name, module, _source(packed, wanted, measured[key]), measured[key], rows)
+            choice, new = _fastest(
+                name, module, packed, wanted, measured.setdefault(_signature(wanted), []), rows, budget, remeasure
+            )
             choices.append(choice)
             if new is not module:
                 model = replace_module(model, name, new)
@@ -240,12 +234,13 @@ def _signature(packed: Packed) -> Any:
     return packed.shape, packed.dtype, packed.layout, kind, round(_density(packed) * 40)
 
 
-def verdict_of(packed: Packed, rows: Sequence[int], budget: int, remeasure: bool = False) -> Verdict:
+def verdict_of(packed: Packed, rows: Sequence[int], budget: int, remeasure: bool = False, attempt: int = 0) -> Verdict:
     """How one layer runs fastest here, measured, or recalled from an earlier measurement in the same circumstances.
 
-    `budget`: bytes that copies of the layer are rotated through, so that its weights come from memory.
+    `budget`: bytes that copies of the layer are rotated through, so that its weights come from memory. `attempt` counts
+    the verdicts on such layers that this one could not follow.
     """
-    key = (*_signature(packed), tuple(rows), budget)
+    key = (*_signature(packed), tuple(rows), budget, *([attempt] if attempt else []))
     found = None if remeasure else verdicts.recall(key)
     if found is None:
         found = measure(packed, rows, budget)
@@ -253,9 +248,29 @@ def verdict_of(packed: Packed, rows: Sequence[int], budget: int, remeasure: bool
     return found
 
 
-def _source(packed: Packed, wanted: Packed, verdict: Verdict) -> Packed:
-    # Rounded numbers are only for where integers run.
-    return packed if verdict.layout == "dense" else wanted
+def _fastest(
+    name: str,
+    module: nn.Module,
+    packed: Packed,
+    wanted: Packed,
+    known: list[Verdict],
+    rows: Sequence[int],
+    budget: int,
+    remeasure: bool,
+) -> tuple[LayerChoice, nn.Module]:
+    """The layer by a verdict for layers like it; by a new one, added to `known`, where those are for zeros elsewhere."""
+    for attempt in range(len(known) + 1):
+        if attempt == len(known):
+            known.append(verdict_of(wanted, rows, budget, remeasure, attempt))
+        # Rounded numbers are only for where integers run.
+        source = packed if known[attempt].layout == "dense" else wanted
+        try:
+            return _apply(name, module, source, known[attempt], rows)
+        except LayoutRefused:
+            continue
+    # What was kept on disk came from another model.
+    known[-1] = verdict_of(wanted, rows, budget, True, len(known) - 1)
+    return _apply(name, module, packed if known[-1].layout == "dense" else wanted, known[-1], rows)
 
 
 def _apply(

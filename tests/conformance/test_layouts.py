@@ -346,3 +346,15 @@ def test_a_grid_is_nearest_and_its_search_never_loses(bits, zero):
     assert errors[1].sum() < errors[0].sum() or bits == 8
     with pytest.raises(PumiceError, match="zero points"):
         Coding("x", 8, 16, True)
+
+
+def test_zeros_anywhere_are_not_taken_for_n_of_m():
+    """In few rows no group of 32 happens to be full, but filled up to the fullest one they would save nothing."""
+    from pumice.weights.layouts.nm import NOfM
+
+    torch.manual_seed(0)
+    anywhere = torch.randn(16, 64) * (torch.rand(16, 64) < 0.5)
+    assert NOfM.candidates(anywhere) == []
+    two_of_four = torch.randn(16, 64) * torch.rand(16, 16, 4).argsort(-1).lt(2).flatten(1)
+    assert {"n": 2, "m": 4} in NOfM.candidates(two_of_four)
+    assert {"n": 1, "m": 4} in NOfM.candidates(torch.zeros(8, 32))
