@@ -276,7 +276,19 @@ def decoding(results: Results) -> str:
             ]
             for label, row in sorted(measured.items(), key=lambda one: -one[1]["ms"])
         ]
-        parts.append(table([name, "ms a token", "over PyTorch's best bf16", "over `dense bf16`", "MB in memory", "layers by layout"], rows))
+        parts.append(
+            table(
+                [
+                    name,
+                    "ms a token",
+                    "over PyTorch's best bf16",
+                    "over `dense bf16`",
+                    "MB in memory",
+                    "layers by layout",
+                ],
+                rows,
+            )
+        )
         if absent := [f"{label} ({row['missing']})" for label, row in found["rows"].items() if "missing" in row]:
             parts.append(f"Not measured: {', '.join(absent)}.")
         parts.append(f"({machine(found['machine'])}.)")

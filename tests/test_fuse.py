@@ -113,6 +113,18 @@ def test_logits_are_those_of_the_models_own_code(name, dtype, isa):
     close(found, want, None if dtype is torch.float32 else exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head", [2, 32, 34, 64, 96, 128, 160, 256])
+@pytest.mark.parametrize("kv_heads", [1, 2, 5, 10])
+def test_heads_of_any_width_that_share_keys_anyhow(head, kv_heads, dtype):
+    sizes = {"hidden_size": 80, "num_attention_heads": 10, "num_key_value_heads": kv_heads, "head_dim": head}
+    model = family("Llama", **sizes).to(dtype)
+    exact, want = told(copy.deepcopy(model).float(), IDS, 1), told(model, IDS, 1)
+    calls = Calls(fuse(model))
+    close(told(model, IDS, 1), want, None if dtype is torch.float32 else exact)
+    assert calls.count == 13
+
+
 def stored(w: torch.Tensor, layout: str) -> tuple[torch.Tensor, str, Grid | None, dict[str, int]]:
     """A matrix with zeros and numbers that the layout can hold."""
     from pumice.core import registry

@@ -256,6 +256,8 @@ const TileKernels tiles = {
     {{1, few_product<Few256<BF16>>, true, {8, 16}, {many_product<Many8<BF16>>, many_product<Many16<BF16>>}, true},
      {1, few_product<Few256<float>>, false, {8, 16}, {many_product<Many8<float>>, many_product<Many16<float>>}, false}}};
 
+const DecoderKernels decoder_pieces[] = {pieces_of<AnyHead, BF16>(), pieces_of<AnyHead, float>()};
+
 }  // namespace
 
 const Kernels* avx2_kernels() { return &table; }

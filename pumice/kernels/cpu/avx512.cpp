@@ -59,6 +59,8 @@ const TileKernels tiles = {
     {{3, few_product<FewWords512<InFloats512, 3>>, false, {16, 16}, {many_product<ManyBf16>, many_product<ManyBf16>}, true},
      {1, few_product<FewFloats512>, false, {16, 16}, {many_product<ManyFp32>, many_product<ManyFp32>}, false}}};
 
+const DecoderKernels decoder_pieces[] = {pieces_of<AnyHead, BF16>(), pieces_of<AnyHead, float>()};
+
 }  // namespace
 
 const Kernels* avx512_kernels() { return &table; }

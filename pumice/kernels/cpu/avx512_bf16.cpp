@@ -428,6 +428,84 @@ const TileKernels tiles = {
       false},
      {1, few_product<FewFloats512>, false, {16, 16}, {many_product<ManyFp32>, many_product<ManyFp32>}, false}}};
 
+// Heads of 32, 64, 96 or 128 numbers; queries and keys are multiplied in pairs.
+struct PairsHead {
+  static constexpr int64_t kMost = 128;
+
+  // a, b, c and d each added up.
+  static inline __m128 sums(__m512 a, __m512 b, __m512 c, __m512 d) {
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512 all = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  }
+
+  template <class T, int N>
+  static void scores(const BF16* q, const BF16* keys, int64_t head, int64_t length, float scale, float* scores) {
+    if (head % 32 || head > kMost) return AnyHead::scores<T, N>(q, keys, head, length, scale, scores);
+    const __m128 factor = _mm_set1_ps(scale);
+    for (int64_t t = 0; t < length; t += 4) {
+      __m512 acc[N][4];
+      const BF16* key[4];
+      PUMICE_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        key[k] = keys + (t + k < length ? t + k : length - 1) * head;
+        PUMICE_UNROLL
+        for (int n = 0; n < N; ++n) acc[n][k] = _mm512_setzero_ps();
+      }
+      for (int64_t i = 0; i < head; i += 32) {
+        __m512bh query[N];
+        PUMICE_UNROLL
+        for (int n = 0; n < N; ++n) query[n] = pairs(_mm512_loadu_si512(q + n * head + i));
+        PUMICE_UNROLL
+        for (int k = 0; k < 4; ++k) {
+          const __m512bh v = pairs(_mm512_loadu_si512(key[k] + i));
+          PUMICE_UNROLL
+          for (int n = 0; n < N; ++n) acc[n][k] = _mm512_dpbf16_ps(acc[n][k], query[n], v);
+        }
+      }
+      const __mmask8 inside = length - t >= 4 ? 15 : (__mmask8)((1u << (length - t)) - 1);
+      PUMICE_UNROLL
+      for (int n = 0; n < N; ++n)
+        _mm_mask_storeu_ps(scores + n * length + t, inside,
+                           _mm_mul_ps(factor, sums(acc[n][0], acc[n][1], acc[n][2], acc[n][3])));
+    }
+  }
+
+  template <class T, int N>
+  static void mix(const float* shares, const BF16* values, int64_t head, int64_t length, BF16* out) {
+    if (head % 32 || head > kMost) return AnyHead::mix<T, N>(shares, values, head, length, out);
+    for (int64_t i = 0; i < head; i += 32) {
+      __m512 acc[N][2];
+      PUMICE_UNROLL
+      for (int n = 0; n < N; ++n) acc[n][0] = acc[n][1] = _mm512_setzero_ps();
+      for (int64_t t = 0; t < length; ++t) {
+        // Even numbers and odd ones: both are a single operation away from fp32.
+        const __m512i both = _mm512_loadu_si512(values + t * head + i);
+        const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+        const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000)));
+        PUMICE_UNROLL
+        for (int n = 0; n < N; ++n) {
+          const __m512 share = _mm512_set1_ps(shares[n * length + t]);
+          acc[n][0] = _mm512_fmadd_ps(share, even, acc[n][0]);
+          acc[n][1] = _mm512_fmadd_ps(share, odd, acc[n][1]);
+        }
+      }
+      PUMICE_UNROLL
+      for (int n = 0; n < N; ++n) {
+        const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(acc[n][0]));
+        const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(acc[n][1]));
+        _mm512_storeu_si512(out + n * head + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+      }
+    }
+  }
+};
+
+const DecoderKernels decoder_pieces[] = {pieces_of<PairsHead, BF16>(), pieces_of<AnyHead, float>()};
+
 }  // namespace
 
 const Kernels* avx512_bf16_kernels() { return &table; }

@@ -89,47 +89,60 @@ inline void softmax(float* __restrict scores, int64_t n) {
   for (int64_t i = 0; i < n; ++i) scores[i] *= factor;
 }
 
+// Scores and mixtures of N heads that share keys and values, for any width of a head.
+struct AnyHead {
+  // scores[n * length + t] = scale q[n] · key t; q and keys have `head` numbers, side by side.
+  template <class T, int N>
+  static void scores(const T* q, const T* keys, int64_t head, int64_t length, float scale, float* scores) {
+    const int64_t padded = (head + kSums - 1) / kSums * kSums;
+    alignas(64) float query[N][kMostHead], wide[kMostHead];
+    memset(wide, 0, sizeof wide);
+    for (int n = 0; n < N; ++n) {
+      widen_all<T>(q + n * head, head, query[n]);
+      for (int64_t i = head; i < padded; ++i) query[n][i] = 0;
+    }
+    for (int64_t t = 0; t < length; ++t) {
+      widen_all<T>(keys + t * head, head, wide);
+      for (int n = 0; n < N; ++n) scores[n * length + t] = scale * dot_of(query[n], wide, padded);
+    }
+  }
+
+  // out[n] = sum over t of shares[n * length + t] * value t.
+  template <class T, int N>
+  static void mix(const float* shares, const T* values, int64_t head, int64_t length, T* out) {
+    alignas(64) float sums[N][kMostHead], wide[kMostHead];
+    memset(sums, 0, sizeof sums);
+    for (int64_t t = 0; t < length; ++t) {
+      widen_all<T>(values + t * head, head, wide);
+      for (int n = 0; n < N; ++n) {
+        const float share = shares[n * length + t];
+        float* __restrict sum = sums[n];
+        for (int64_t i = 0; i < head; ++i) sum[i] += share * wide[i];
+      }
+    }
+    for (int n = 0; n < N; ++n)
+      for (int64_t i = 0; i < head; ++i) narrow(sums[n][i], out + n * head + i);
+  }
+};
+
 // N heads of one sequence that share keys and values.
-template <class T, int N>
+template <class Head, class T, int N>
 void attend_heads(const Attend& a, int64_t sequence, int64_t first, float* scores) {
   const Decoder& d = *a.decoder;
   const Token& token = *a.token;
-  const int64_t head = d.head, padded = (head + kSums - 1) / kSums * kSums, length = token.length;
   const int64_t offset = sequence * token.cache_batch + first / (d.heads / d.kv_heads) * token.cache_head;
-  const T* q = (const T*)a.q + (sequence * d.heads + first) * head;
+  const int64_t place = (sequence * d.heads + first) * d.head, length = token.length;
+  Head::template scores<T, N>((const T*)a.q + place, (const T*)a.cache->keys + offset, d.head, length, d.scale, scores);
   const uint8_t* mask = token.mask ? token.mask + sequence * length : nullptr;
-  alignas(64) float query[N][kMostHead], wide[kMostHead];
-  memset(wide, 0, sizeof wide);
   for (int n = 0; n < N; ++n) {
-    widen_all<T>(q + n * head, head, query[n]);
-    for (int64_t i = 0; i < head; ++i) query[n][i] *= d.scale;
-    for (int64_t i = head; i < padded; ++i) query[n][i] = 0;
+    if (mask)
+      for (int64_t t = 0; t < length; ++t) scores[n * length + t] = mask[t] ? scores[n * length + t] : -INFINITY;
+    softmax(scores + n * length, length);
   }
-  const T* keys = (const T*)a.cache->keys + offset;
-  for (int64_t t = 0; t < length; ++t) {
-    widen_all<T>(keys + t * head, head, wide);
-    const bool there = !mask || mask[t];
-    for (int n = 0; n < N; ++n) scores[n * length + t] = there ? dot_of(query[n], wide, padded) : -INFINITY;
-  }
-  for (int n = 0; n < N; ++n) softmax(scores + n * length, length);
-  for (int n = 0; n < N; ++n)
-    for (int64_t i = 0; i < padded; ++i) query[n][i] = 0;
-  const T* values = (const T*)a.cache->values + offset;
-  for (int64_t t = 0; t < length; ++t) {
-    if (mask && !mask[t]) continue;
-    widen_all<T>(values + t * head, head, wide);
-    for (int n = 0; n < N; ++n) {
-      const float share = scores[n * length + t];
-      float* __restrict sum = query[n];
-      for (int64_t i = 0; i < padded; ++i) sum[i] += share * wide[i];
-    }
-  }
-  T* out = (T*)a.out + (sequence * d.heads + first) * head;
-  for (int n = 0; n < N; ++n)
-    for (int64_t i = 0; i < head; ++i) narrow(query[n][i], out + n * head + i);
+  Head::template mix<T, N>(scores, (const T*)a.cache->values + offset, d.head, length, (T*)a.out + place);
 }
 
-template <class T>
+template <class Head, class T>
 void attend_all(const Attend& a, int64_t begin, int64_t end, float* scores) {
   const Decoder& d = *a.decoder;
   const int64_t shared = d.heads / d.kv_heads;
@@ -139,13 +152,13 @@ void attend_all(const Attend& a, int64_t begin, int64_t end, float* scores) {
     n = n < end - i ? n : end - i;
     n = n < kHeadsAtOnce ? n : kHeadsAtOnce;
     if (n == 4)
-      attend_heads<T, 4>(a, sequence, first, scores);
+      attend_heads<Head, T, 4>(a, sequence, first, scores);
     else if (n == 3)
-      attend_heads<T, 3>(a, sequence, first, scores);
+      attend_heads<Head, T, 3>(a, sequence, first, scores);
     else if (n == 2)
-      attend_heads<T, 2>(a, sequence, first, scores);
+      attend_heads<Head, T, 2>(a, sequence, first, scores);
     else
-      attend_heads<T, 1>(a, sequence, first, scores);
+      attend_heads<Head, T, 1>(a, sequence, first, scores);
     i += n;
   }
 }
@@ -157,9 +170,10 @@ void gate_all(const void* gate, const void* up, int64_t n, void* out) {
   for (int64_t i = 0; i < n; ++i) narrow(act_of<kSilu>(widen(g[i]), 0) * widen(u[i]), y + i);
 }
 
-const DecoderKernels decoder_pieces[] = {
-    {widen_all<BF16>, norm_all<BF16>, add_all<BF16>, turn_heads<BF16>, attend_all<BF16>, gate_all<BF16>},
-    {widen_all<float>, norm_all<float>, add_all<float>, turn_heads<float>, attend_all<float>, gate_all<float>}};
+template <class Head, class T>
+constexpr DecoderKernels pieces_of() {
+  return {widen_all<T>, norm_all<T>, add_all<T>, turn_heads<T>, attend_all<Head, T>, gate_all<T>};
+}
 
 }  // namespace
 }  // namespace pumice

@@ -190,6 +190,8 @@ const TileKernels tiles = {
     {{1, few_product<FewTiles<BF16>>, false, {8, 8}, {many_product<ManyBf16>, many_product<ManyBf16>}, true},
      {1, few_product<FewTiles<float>>, false, {8, 8}, {many_product<ManyFp32>, many_product<ManyFp32>}, false}}};
 
+const DecoderKernels decoder_pieces[] = {pieces_of<AnyHead, BF16>(), pieces_of<AnyHead, float>()};
+
 }  // namespace
 
 const Kernels* portable_kernels() { return &table; }
