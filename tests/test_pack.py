@@ -189,3 +189,19 @@ def test_zeros_elsewhere_are_measured_for_themselves(monkeypatch):
     packed = pumice.pack(net, progress=False)
     assert [layer.layout for layer in pumice.describe(packed).layers] == ["nm", "dense", "nm"]
     torch.testing.assert_close(packed(x), before, rtol=1e-4, atol=1e-4)
+
+
+def test_of_layouts_as_fast_as_each_other_the_smallest_is_kept(monkeypatch):
+    def timed(runs):
+        for timing, run in runs:
+            run()
+            timing.ms = {"dense": 2.0, "bitmask": 1.0, "nm": 1.04, "csr": 1.06}[timing.layout]
+
+    monkeypatch.setattr(layer_timing, "time_in_turns", timed)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64))
+    with torch.no_grad():
+        net[0].weight.mul_(torch.rand(64, 16, 4).argsort(-1).lt(1).flatten(1))
+    (layer,) = pumice.describe(pumice.pack(net, progress=False)).layers
+    # Half a bit a weight smaller than the bitmask, which was a little faster; CSR is smaller still, but slower.
+    assert layer.layout == "nm"

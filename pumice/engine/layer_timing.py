@@ -23,6 +23,8 @@ MANY_ROWS = 256
 MAX_COPIES = 512
 MARGIN = 1.03
 """A sparse layout must beat dense by 3 %, or measuring noise would decide."""
+TIE = 1.05
+"""Sparse layouts whose times differ by less count as equally fast."""
 SECONDS_PER_MEASUREMENT = 0.02
 REPEATS = 5
 
@@ -139,6 +141,10 @@ def _judge(candidates: list[Packed], timings: list[Timing], batch: Sequence[int]
     winner = max(sparse, key=lambda index: sparse[index], default=0)
     if not sparse or sparse[winner] < MARGIN:
         winner = 0
+    else:
+        # Of what is as fast, the smallest: the clock is not that exact, and where calls are few bytes are what counts.
+        level = [index for index, score in sparse.items() if score >= max(sparse[winner] / TIE, MARGIN)]
+        winner = min(level, key=lambda index: candidates[index].nbytes)
     reason = _reason(candidates, scores, winner, batch)
     chosen = candidates[winner]
     backends = {rows: timing.backend for rows in points if (timing := best(chosen, rows)) is not None}
