@@ -282,6 +282,10 @@ def _refuse_decode(call: Call) -> str | None:
     return reason or missing()
 
 
+def _refuse_blocks(call: Call) -> str | None:
+    return limits(call, devices=("cpu",), dtypes=PRODUCTS) or missing()
+
+
 def _refuse_panel(call: Call) -> str | None:
     dtypes = PRODUCTS if RUN_AS.get(call.layout, call.layout) in CODED else tuple(CODES)
     return limits(call, devices=("cpu",), dtypes=dtypes) or missing()
@@ -289,6 +293,10 @@ def _refuse_panel(call: Call) -> str | None:
 
 def _prepare_decode(packed: Packed, bias: Tensor | None) -> Run:
     return streamed(Plan(packed, bias), native.run)
+
+
+def _prepare_blocks(packed: Packed, bias: Tensor | None) -> Run:
+    return streamed(Plan(packed, bias), native.run_blocks)
 
 
 def _prepare_panel(packed: Packed, bias: Tensor | None) -> Run:
@@ -306,3 +314,5 @@ for _layout in DECODE_ROWS:
     if _layout == "dense":
         continue
     register(Backend("panel", "linear", _layout, _refuse_panel, _prepare_panel, 20, MANY, _extra))
+_BLOCKS = "C++: x transposed, only stored blocks multiplied, many rows"
+register(Backend("blocks", "linear", "block", _refuse_blocks, _prepare_blocks, 25, _BLOCKS))
