@@ -10,7 +10,7 @@ template <class Value>
 struct Blocks256 {
   typedef Value T;
   typedef __m256 Reg;
-  static constexpr int64_t kLanes = 8, kWidth = 32;
+  static constexpr int64_t kLanes = 8, kTall = 16, kWidth = 32;
   static constexpr int64_t kMost = 4;
   static constexpr int64_t kColumns = sizeof(T) == 2 ? 2 : 1, kWords = kColumns;
   static constexpr int registers(int64_t m) { return m == 4 ? 2 : 4; }

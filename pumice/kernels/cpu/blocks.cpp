@@ -53,7 +53,7 @@ bool run_blocks(const Matrix& w, const Kernels& kernels, const void* x, int64_t 
   const BlockPanels& k = kernels.panels[w.dtype];
   if (rows == 0 || w.O == 0) return true;
   Job job = {&w, &k, x, {}, w.I / w.c * ((w.c + k.columns - 1) / k.columns), 1, y};
-  job.panel.width = std::min(k.width, (rows + k.lanes - 1) / k.lanes * k.lanes);
+  job.panel.width = std::min(w.r >= k.tall ? k.width_tall : k.width, (rows + k.lanes - 1) / k.lanes * k.lanes);
   const int64_t size = job.steps * k.words * job.panel.width * (int64_t)sizeof(uint32_t);
   const int64_t panels = std::max<int64_t>(1, std::min(kPanelBytes / std::max<int64_t>(size, 1),
                                                        (rows + job.panel.width - 1) / job.panel.width));

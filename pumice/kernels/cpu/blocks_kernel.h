@@ -11,7 +11,15 @@
 namespace pumice {
 namespace {
 
-constexpr int64_t kStretch = 256;  // columns
+#if defined(_MSC_VER) && !defined(__clang__)
+#define PUMICE_APART __declspec(noinline)
+#else
+#define PUMICE_APART __attribute__((noinline))
+#endif
+
+// Steps after which the sums leave the registers: so much of x is still in the first cache when the next outputs read it.
+// Besides, the error of one long sum would be larger.
+constexpr int64_t kStretch = 128;
 constexpr int64_t kStrip = 32;  // outputs whose sums are collected before they are written to y together
 
 // Two bf16 weights; where there is only one, the other is zero and not read.
@@ -27,55 +35,69 @@ inline int64_t steps_of_block(const Matrix& w) {
   return (w.c + Isa::kColumns - 1) / Isa::kColumns;
 }
 
-// M outputs of block row `br` from its row i on, times the rows in N registers from `x` on. `ahead` as in block_product.
+// Some blocks of a block row: from `begin` to `end`, their rows from `i` on.
+struct Stretch {
+  int64_t begin, end, i;
+  int64_t ahead;  // as in block_product
+  bool add;       // to the sums that are there
+};
+
+// M rows of the blocks times the rows of x in N registers from `x` on.
+// Not inlined: beside the loops around it there would not be registers enough.
 template <class Isa, int M, int N>
-inline void walk(const Matrix& w, int64_t br, int64_t i, int64_t ahead, const uint32_t* x, int64_t width, float* sums) {
+PUMICE_APART void walk(const Matrix& w, const Stretch& part, const uint32_t* x, int64_t width, float* sums) {
   typedef typename Isa::T T;
-  const int64_t step = Isa::kWords * width, whole = w.c / Isa::kColumns, c = w.c;
-  const int64_t block = steps_of_block<Isa>(w) * step, end = w.block_starts[br + 1];
-  // fp32 is summed up in stretches, since the error of one long sum would be larger.
-  const int64_t stretch = sizeof(T) == 2 ? end : c < kStretch ? kStretch / c : 1;
-  int64_t b = w.block_starts[br];
-  bool first = true;
-  do {
-    typename Isa::Reg acc[M][N];
+  typename Isa::Reg acc[M][N];
+  PUMICE_UNROLL
+  for (int m = 0; m < M; ++m)
     PUMICE_UNROLL
-    for (int m = 0; m < M; ++m)
-      PUMICE_UNROLL
-      for (int n = 0; n < N; ++n) acc[m][n] = Isa::zero();
-    for (const int64_t stop = end - b < stretch ? end : b + stretch; b < stop; ++b) {
-      const T* p = (const T*)w.values + (b * w.r + i) * c;
-      const uint32_t* v = x + w.columns[b] * block;
-      if (ahead) Isa::fetch(p + ahead, w.r * c);
-      for (int64_t s = 0; s < whole; ++s, p += Isa::kColumns, v += step)
-        Isa::template step<M, N, true>(acc, p, c, v, width);
-      if (Isa::kColumns > 1 && c % Isa::kColumns) Isa::template step<M, N, false>(acc, p, c, v, width);
-    }
+    for (int n = 0; n < N; ++n) acc[m][n] = Isa::zero();
+  const int64_t c = w.c, step = Isa::kWords * width, whole = c / Isa::kColumns;
+  const int64_t block = steps_of_block<Isa>(w) * step;
+  for (int64_t b = part.begin; b < part.end; ++b) {
+    const T* p = (const T*)w.values + (b * w.r + part.i) * c;
+    const uint32_t* v = x + w.columns[b] * block;
+    if (part.ahead) Isa::fetch(p + part.ahead, w.r * c);
+    Isa::fetch(p + w.r * c, M * c);
+    for (int64_t s = 0; s < whole; ++s, p += Isa::kColumns, v += step)
+      Isa::template step<M, N, true>(acc, p, c, v, width);
+    if (Isa::kColumns > 1 && c % Isa::kColumns) Isa::template step<M, N, false>(acc, p, c, v, width);
+  }
+  PUMICE_UNROLL
+  for (int m = 0; m < M; ++m)
     PUMICE_UNROLL
-    for (int m = 0; m < M; ++m)
-      PUMICE_UNROLL
-      for (int n = 0; n < N; ++n) Isa::put(sums + m * width + n * Isa::kLanes, acc[m][n], !first);
-    first = false;
-  } while (b < end);
+    for (int n = 0; n < N; ++n) Isa::put(sums + m * width + n * Isa::kLanes, acc[m][n], part.add);
 }
 
 // The same with n <= N registers.
 template <class Isa, int M, int N>
-inline void walk_up_to(int64_t n, const Matrix& w, int64_t br, int64_t i, int64_t ahead, const uint32_t* x, int64_t width,
-                       float* sums) {
+inline void walk_up_to(int64_t n, const Matrix& w, const Stretch& part, const uint32_t* x, int64_t width, float* sums) {
   if constexpr (N > 0) {
-    if (n < N) return walk_up_to<Isa, M, N - 1>(n, w, br, i, ahead, x, width, sums);
-    walk<Isa, M, N>(w, br, i, ahead, x, width, sums);
+    if (n < N) return walk_up_to<Isa, M, N - 1>(n, w, part, x, width, sums);
+    walk<Isa, M, N>(w, part, x, width, sums);
   }
 }
 
-// With all rows of a panel, as many registers at a time as there is room for beside M outputs.
-template <class Isa, int M>
-inline void walk_panel(const Matrix& w, int64_t br, int64_t i, int64_t ahead, const uint32_t* x, int64_t width,
-                       float* sums) {
-  for (int64_t lane = 0, n; lane < width; lane += n * Isa::kLanes, ahead = 0) {
-    n = pass_rows((width - lane) / Isa::kLanes, Isa::registers(M));
-    walk_up_to<Isa, M, Isa::registers(M)>(n, w, br, i, ahead, x + lane, width, sums + lane);
+// `rows` rows of the blocks times all rows of a panel.
+template <class Isa>
+inline void walk_rows(const Matrix& w, Stretch part, int64_t rows, const uint32_t* x, int64_t width, float* sums) {
+  constexpr int kMost = Isa::kMost;
+  const int64_t together = Isa::registers(rows < kMost ? (int)rows : kMost);
+  for (int64_t lane = 0, n; lane < width; lane += n * Isa::kLanes) {
+    n = pass_rows((width - lane) / Isa::kLanes, together);
+    for (int64_t k = 0, m; k < rows; k += m, part.i += m, part.ahead = 0) {
+      const int64_t left = rows - k;
+      m = left >= kMost ? kMost : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+      if (m == kMost)
+        walk_up_to<Isa, kMost, Isa::registers(kMost)>(n, w, part, x + lane, width, sums + k * width + lane);
+      else if (m == 4)
+        walk_up_to<Isa, 4, Isa::registers(4)>(n, w, part, x + lane, width, sums + k * width + lane);
+      else if (m == 2)
+        walk_up_to<Isa, 2, Isa::registers(2)>(n, w, part, x + lane, width, sums + k * width + lane);
+      else
+        walk_up_to<Isa, 1, Isa::registers(1)>(n, w, part, x + lane, width, sums + k * width + lane);
+    }
+    part.i -= rows;
   }
 }
 
@@ -89,24 +111,21 @@ void panel_product(const Matrix& w, int64_t begin, int64_t end, const Panel& x, 
   typedef typename Isa::T T;
   alignas(64) float sums[kStrip * Isa::kWidth];
   const int64_t size = panel_steps<Isa>(w) * Isa::kWords * x.width;
+  const int64_t of_block = steps_of_block<Isa>(w), stretch = of_block < kStretch ? kStretch / of_block : 1;
   for (int64_t o = begin * w.r, stop; o < end * w.r; o = stop) {
     stop = o + kStrip < end * w.r ? o + kStrip : end * w.r;
     for (int64_t row = 0; row < x.rows; row += x.width) {
       const uint32_t* words = x.words + row / x.width * size;
       for (int64_t at = o, m; at < stop; at += m) {
-        const int64_t br = at / w.r, i = at % w.r, left = w.r - i < stop - at ? w.r - i : stop - at;
-        float* to = sums + (at - o) * x.width;
+        const int64_t br = at / w.r, i = at % w.r, end_of_row = w.block_starts[br + 1];
+        m = w.r - i < stop - at ? w.r - i : stop - at;
         // The first pass over a row of blocks fetches all of it; the others find it in cache.
-        const int64_t ahead = i == 0 && row == 0 ? blocks_ahead<T>(w.r * w.c) : 0;
-        m = left >= Isa::kMost ? Isa::kMost : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-        if (m == Isa::kMost)
-          walk_panel<Isa, Isa::kMost>(w, br, i, ahead, words, x.width, to);
-        else if (m == 4)
-          walk_panel<Isa, 4>(w, br, i, ahead, words, x.width, to);
-        else if (m == 2)
-          walk_panel<Isa, 2>(w, br, i, ahead, words, x.width, to);
-        else
-          walk_panel<Isa, 1>(w, br, i, ahead, words, x.width, to);
+        Stretch part = {w.block_starts[br], 0, i, i == 0 && row == 0 ? blocks_ahead<T>(w.r * w.c) : 0, false};
+        do {
+          part.end = end_of_row - part.begin < stretch ? end_of_row : part.begin + stretch;
+          walk_rows<Isa>(w, part, m, words, x.width, sums + (at - o) * x.width);
+          part.begin = part.end, part.add = true;
+        } while (part.begin < end_of_row);
       }
       const int64_t rows = x.rows - row < x.width ? x.rows - row : x.width;
       Isa::store(sums, x.width, stop - o, rows, w.bias ? w.bias + o : nullptr, (T*)y + row * w.O + o, w.O);
@@ -173,7 +192,7 @@ void panel_fill(const Matrix& w, int64_t begin, int64_t end, const void* x, cons
 
 template <class Isa>
 constexpr BlockPanels block_panels() {
-  return {Isa::kLanes, Isa::kWidth, Isa::kColumns, Isa::kWords, panel_fill<Isa>, panel_product<Isa>};
+  return {Isa::kLanes, Isa::kMost, Isa::kTall, Isa::kWidth, Isa::kColumns, Isa::kWords, panel_fill<Isa>, panel_product<Isa>};
 }
 
 }  // namespace

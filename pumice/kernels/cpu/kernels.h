@@ -66,7 +66,9 @@ struct Panel {
 };
 
 struct BlockPanels {
-  int64_t lanes, width;       // rows in a register; most rows of a panel
+  int64_t lanes;              // rows in a register
+  int64_t tall, width_tall;   // most rows of a panel where blocks have at least `tall` rows
+  int64_t width;              // most rows of a panel for others
   int64_t columns, words;     // of a step
   // Steps [begin, end) of all panels from x [rows, I].
   void (*fill)(const Matrix&, int64_t begin, int64_t end, const void* x, const Panel&);

@@ -102,7 +102,7 @@ struct PlainBlocks {
   struct Reg {
     float v[8];
   };
-  static constexpr int64_t kLanes = 8, kWidth = 32;
+  static constexpr int64_t kLanes = 8, kTall = 32, kWidth = 32;
   static constexpr int64_t kMost = 4;
   static constexpr int64_t kColumns = 1, kWords = 1;
   static constexpr int registers(int64_t) { return 1; }
