@@ -54,7 +54,7 @@ template <class Value>
 struct Blocks512 {
   typedef Value T;
   typedef __m512 Reg;
-  static constexpr int64_t kLanes = 16, kTall = 32, kWidth = 64;
+  static constexpr int64_t kLanes = 16, kTall = 48, kWidth = 64;
   static constexpr int64_t kMost = 8;
   static constexpr int registers(int64_t m) { return m == 8 ? 3 : 4; }
 

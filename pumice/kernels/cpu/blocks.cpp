@@ -9,8 +9,8 @@
 namespace pumice {
 namespace {
 
-const int64_t kPanelBytes = 512 * 1024;         // of x transposed: half of a second cache, where it is read again and again
-const int64_t kStepsPerThread = 64;             // transposed by one thread, at least
+const int64_t kPanelBytes = 768 * 1024;          // of x transposed, which is read again and again from the second cache
+const int64_t kStepsPerThread = 64;              // transposed by one thread, at least
 const int64_t kWorkPerThread = 4 * 1024 * 1024;  // products below which another thread costs more than it gives
 
 struct Job {
@@ -53,10 +53,11 @@ bool run_blocks(const Matrix& w, const Kernels& kernels, const void* x, int64_t 
   const BlockPanels& k = kernels.panels[w.dtype];
   if (rows == 0 || w.O == 0) return true;
   Job job = {&w, &k, x, {}, w.I / w.c * ((w.c + k.columns - 1) / k.columns), 1, y};
-  job.panel.width = std::min(w.r >= k.tall ? k.width_tall : k.width, (rows + k.lanes - 1) / k.lanes * k.lanes);
+  // Panels of about the same width.
+  const int64_t most = w.r >= k.tall ? k.width_tall : k.width, all = (rows + most - 1) / most;
+  job.panel.width = ((rows + all - 1) / all + k.lanes - 1) / k.lanes * k.lanes;
   const int64_t size = job.steps * k.words * job.panel.width * (int64_t)sizeof(uint32_t);
-  const int64_t panels = std::max<int64_t>(1, std::min(kPanelBytes / std::max<int64_t>(size, 1),
-                                                       (rows + job.panel.width - 1) / job.panel.width));
+  const int64_t panels = std::max<int64_t>(1, std::min(kPanelBytes / std::max<int64_t>(size, 1), all));
   job.panel.words = (uint32_t*)scratch(1, (size_t)(panels * size));
   if (!job.panel.words) return false;
   const int64_t together = panels * job.panel.width;

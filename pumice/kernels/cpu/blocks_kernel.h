@@ -19,7 +19,7 @@ namespace {
 
 // Steps after which the sums leave the registers: so much of x is still in the first cache when the next outputs read it.
 // Besides, the error of one long sum would be larger.
-constexpr int64_t kStretch = 128;
+constexpr int64_t kStretch = 80;
 constexpr int64_t kStrip = 32;  // outputs whose sums are collected before they are written to y together
 
 // Two bf16 weights; where there is only one, the other is zero and not read.
@@ -57,6 +57,7 @@ PUMICE_APART void walk(const Matrix& w, const Stretch& part, const uint32_t* x, 
   for (int64_t b = part.begin; b < part.end; ++b) {
     const T* p = (const T*)w.values + (b * w.r + part.i) * c;
     const uint32_t* v = x + w.columns[b] * block;
+    // All of a block that comes later from memory; and of the next one what is read here, from the second cache.
     if (part.ahead) Isa::fetch(p + part.ahead, w.r * c);
     Isa::fetch(p + w.r * c, M * c);
     for (int64_t s = 0; s < whole; ++s, p += Isa::kColumns, v += step)
@@ -78,13 +79,14 @@ inline void walk_up_to(int64_t n, const Matrix& w, const Stretch& part, const ui
   }
 }
 
-// `rows` rows of the blocks times all rows of a panel.
+// `rows` rows of the blocks times the first `lanes` rows of a panel.
 template <class Isa>
-inline void walk_rows(const Matrix& w, Stretch part, int64_t rows, const uint32_t* x, int64_t width, float* sums) {
+inline void walk_rows(const Matrix& w, Stretch part, int64_t rows, const uint32_t* x, int64_t lanes, int64_t width,
+                      float* sums) {
   constexpr int kMost = Isa::kMost;
   const int64_t together = Isa::registers(rows < kMost ? (int)rows : kMost);
-  for (int64_t lane = 0, n; lane < width; lane += n * Isa::kLanes) {
-    n = pass_rows((width - lane) / Isa::kLanes, together);
+  for (int64_t lane = 0, n; lane < lanes; lane += n * Isa::kLanes) {
+    n = pass_rows((lanes - lane) / Isa::kLanes, together);
     for (int64_t k = 0, m; k < rows; k += m, part.i += m, part.ahead = 0) {
       const int64_t left = rows - k;
       m = left >= kMost ? kMost : left >= 4 ? 4 : left >= 2 ? 2 : 1;
@@ -116,6 +118,8 @@ void panel_product(const Matrix& w, int64_t begin, int64_t end, const Panel& x, 
     stop = o + kStrip < end * w.r ? o + kStrip : end * w.r;
     for (int64_t row = 0; row < x.rows; row += x.width) {
       const uint32_t* words = x.words + row / x.width * size;
+      const int64_t rows = x.rows - row < x.width ? x.rows - row : x.width;
+      const int64_t lanes = (rows + Isa::kLanes - 1) / Isa::kLanes * Isa::kLanes;
       for (int64_t at = o, m; at < stop; at += m) {
         const int64_t br = at / w.r, i = at % w.r, end_of_row = w.block_starts[br + 1];
         m = w.r - i < stop - at ? w.r - i : stop - at;
@@ -123,11 +127,10 @@ void panel_product(const Matrix& w, int64_t begin, int64_t end, const Panel& x, 
         Stretch part = {w.block_starts[br], 0, i, i == 0 && row == 0 ? blocks_ahead<T>(w.r * w.c) : 0, false};
         do {
           part.end = end_of_row - part.begin < stretch ? end_of_row : part.begin + stretch;
-          walk_rows<Isa>(w, part, m, words, x.width, sums + (at - o) * x.width);
+          walk_rows<Isa>(w, part, m, words, lanes, x.width, sums + (at - o) * x.width);
           part.begin = part.end, part.add = true;
         } while (part.begin < end_of_row);
       }
-      const int64_t rows = x.rows - row < x.width ? x.rows - row : x.width;
       Isa::store(sums, x.width, stop - o, rows, w.bias ? w.bias + o : nullptr, (T*)y + row * w.O + o, w.O);
     }
   }
