@@ -64,20 +64,25 @@ struct Blocks512 {
 
   static void store(const float* sums, int64_t width, int64_t outputs, int64_t rows, const float* bias, T* y,
                     int64_t stride) {
-    for (int64_t r = 0; r < rows; r += 16)
-      for (int64_t o = 0; o < outputs; o += 16) {
-        const __mmask16 inside = first16(outputs - o);
-        const __m512 more = bias ? _mm512_maskz_loadu_ps(inside, bias + o) : _mm512_setzero_ps();
+    static_assert(kStrip == 32, "two registers of outputs");
+    for (int64_t r = 0; r < rows; r += 16) {
+      alignas(64) float turned[2][16][16];
+      for (int64_t o = 0, half = 0; o < outputs; o += 16, ++half) {
+        const __m512 more = bias ? _mm512_maskz_loadu_ps(first16(outputs - o), bias + o) : _mm512_setzero_ps();
         __m512i v[16];
         PUMICE_UNROLL
-        for (int k = 0; k < 16; ++k) v[k] = o + k < outputs ? _mm512_loadu_si512(sums + (o + k) * width + r) : _mm512_setzero_si512();
+        for (int k = 0; k < 16; ++k)
+          v[k] = o + k < outputs ? _mm512_loadu_si512(sums + (o + k) * width + r) : _mm512_setzero_si512();
         turn(v);
-        alignas(64) float turned[16][16];
         PUMICE_UNROLL
-        for (int k = 0; k < 16; ++k) _mm512_store_ps(turned[k], _mm512_add_ps(_mm512_castsi512_ps(v[k]), more));
-        const int64_t count = rows - r < 16 ? rows - r : 16;
-        for (int64_t k = 0; k < count; ++k) narrow16(_mm512_load_ps(turned[k]), inside, y + (r + k) * stride + o);
+        for (int k = 0; k < 16; ++k) _mm512_store_ps(turned[half][k], _mm512_add_ps(_mm512_castsi512_ps(v[k]), more));
       }
+      // Row by row, since rows of y often lie a power of two apart and would drive each other out of the cache.
+      const int64_t count = rows - r < 16 ? rows - r : 16;
+      for (int64_t k = 0; k < count; ++k)
+        for (int64_t o = 0; o < outputs; o += 16)
+          narrow16(_mm512_load_ps(turned[o / 16][k]), first16(outputs - o), y + (r + k) * stride + o);
+    }
   }
 };
 
