@@ -31,7 +31,7 @@ NATIVE = {
     "dense": {"decode"},
     "bitmask": {"decode", "panel"},
     "nm": {"decode", "panel"},
-    "block": {"decode", "panel"},
+    "block": {"decode", "blocks", "panel"},
     "csr": {"tiles"},
 }
 SHAPES = {
@@ -53,6 +53,10 @@ SHAPES = {
         (8, 200, 8, 40),
         (20, 66, 5, 33),
         (14, 24, 7, 8),
+        (64, 512, 4, 1),
+        (40, 64, 20, 2),
+        (30, 1030, 15, 103),
+        (70, 1024, 1, 16),
     ),
 }
 needs_native = pytest.mark.skipif(cpu_backend.native is None, reason=str(cpu_backend.missing()))
@@ -160,6 +164,28 @@ def test_rows_of_very_different_lengths_in_tiles(isa):
         w_OI[:, 256:512] = 0
         w_OI[128:256] = 0
         assert NATIVE["csr"] <= sweep(base.pack(w_OI.to(dtype), "csr"), torch.randn(1100).to(dtype))
+
+
+@needs_native
+def test_blocks_with_more_rows_than_stand_side_by_side(isa):
+    # The second shape has room for one panel of x at a time, the first for several.
+    for o, i, r, c in ((24, 160, 12, 10), (32, 8192, 16, 32)):
+        for dtype in (torch.bfloat16, torch.float32):
+            packed, bias = matrix("block", o, i, dtype, {"r": r, "c": c}), torch.randn(o).to(dtype)
+            run = dispatch.get("linear", "block", "blocks").prepare(packed, bias)
+            for rows in (48, 64, 65, 129, 300):
+                x = torch.randn(rows, i).to(dtype)
+                check(run(x), x, packed, bias)
+
+
+@needs_native
+def test_blocks_are_only_for_numbers_that_can_be_multiplied():
+    plan = cpu_backend.Plan(matrix("block", 8, 16, torch.float16), None)
+    with pytest.raises(ValueError, match="only for blocks of bfloat16 or float32"):
+        cpu_backend.native.run_blocks(plan.handle, 0, 0, 0, 1)
+    plan = cpu_backend.Plan(matrix("bitmask", 8, 16, torch.float32), None)
+    with pytest.raises(ValueError, match="only for blocks"):
+        cpu_backend.native.run_blocks(plan.handle, 0, 0, 0, 1)
 
 
 @needs_native
@@ -369,6 +395,7 @@ GUARDED = """
         for dtype in (torch.bfloat16, torch.float32):
             for layout, params, o, i in (("bitmask", {}, 5, 64), ("bitmask", {}, 3, 200), ("bitmask", {}, 4, 7),
                                          ("block", {"r": 4, "c": 8}, 8, 64), ("block", {"r": 2, "c": 33}, 8, 66),
+                                         ("block", {"r": 9, "c": 6}, 18, 66), ("block", {"r": 16, "c": 1}, 16, 7),
                                          ("nm", {"n": 2, "m": 4}, 5, 64), ("nm", {"n": 2, "m": 3}, 4, 9),
                                          ("csr", {}, 5, 64), ("csr", {}, 33, 300), ("csr", {}, 4, 7)):
                 w_OI = torch.randn(o, i)
@@ -383,7 +410,8 @@ GUARDED = """
                     tiles = csr_cpu._tiles(packed, *packed.tensors.values())
                     ends = [at_the_end(part) if isinstance(part, torch.Tensor) else part for part in tiles]
                     csr_cpu.tiles_of = lambda packed, ends=ends: csr_cpu.Tiles(*ends)
-                for name in ("tiles",) if layout == "csr" else ("decode", "panel"):
+                names = {"csr": ("tiles",), "block": ("decode", "blocks", "panel")}.get(layout, ("decode", "panel"))
+                for name in names:
                     run = dispatch.get("linear", layout, name).prepare(packed, None)
                     for rows in (1, 2, 3, 9, 20):
                         if name == "decode" and rows > cpu_backend.DECODE_ROWS[layout]:

@@ -2,7 +2,8 @@
 
 Few rows ("decode") are bound by memory: the stored weights stream once through the registers, where they are expanded
 and multiplied. Many rows ("panel") are bound by arithmetic: some output rows at a time are expanded into a buffer that
-stays in cache and multiplied by PyTorch's dense product (load as sparse, compute as dense).
+stays in cache and multiplied by PyTorch's dense product (load as sparse, compute as dense). Where whole blocks are missing
+there is less arithmetic too ("blocks"): x is transposed, and stored blocks alone are multiplied, at a dense product's rate.
 Legend: R rows of x, O outputs, I inputs.
 """
 
@@ -35,8 +36,8 @@ native: Any = _loaded
 CODED = ("int8", "int8-bitmask", "int4", "int4-bitmask")
 # Layouts that run as another one, whose positions are made from theirs when a layer is bound.
 RUN_AS = {"nm": "bitmask", "int8-nm": "int8-bitmask"}
-# Skipping whole blocks saves arithmetic too, so it pays for longer.
-DECODE_ROWS = {"dense": 4, "block": 64, **dict.fromkeys(("bitmask", *CODED, *RUN_AS), 16)}
+# Blocks have a kernel of their own for more rows, which is faster from about here on.
+DECODE_ROWS = {"dense": 4, "block": 8, **dict.fromkeys(("bitmask", *CODED, *RUN_AS), 16)}
 DECODE_GROUPS = (16, 32)
 PANEL_BYTES = 4 << 20
 CODES = {torch.bfloat16: 0, torch.float32: 1, torch.float16: 2}
@@ -274,12 +275,18 @@ def panel(plan: Plan, bias: Tensor | None, granule: int = 1) -> Run:
 
 
 def _refuse_decode(call: Call) -> str | None:
-    instead = "torch" if call.layout == "dense" else "panel"
-    reason = limits(call, devices=("cpu",), dtypes=PRODUCTS, max_rows=DECODE_ROWS[call.layout], instead=instead)
+    instead = {"dense": "torch", "block": "blocks"}.get(call.layout, "panel")
+    # Blocks of one row share nothing of x, so transposing it pays later.
+    most = DECODE_ROWS[call.layout] * (2 if call.params.get("r") == 1 and call.layout == "block" else 1)
+    reason = limits(call, devices=("cpu",), dtypes=PRODUCTS, max_rows=most, instead=instead)
     group = call.params.get("group", DECODE_GROUPS[0])
     if reason is None and group not in DECODE_GROUPS:
         return f"groups of {group} have no kernel for few rows (16 and 32 only)"
     return reason or missing()
+
+
+def _refuse_blocks(call: Call) -> str | None:
+    return limits(call, devices=("cpu",), dtypes=PRODUCTS) or missing()
 
 
 def _refuse_panel(call: Call) -> str | None:
@@ -289,6 +296,10 @@ def _refuse_panel(call: Call) -> str | None:
 
 def _prepare_decode(packed: Packed, bias: Tensor | None) -> Run:
     return streamed(Plan(packed, bias), native.run)
+
+
+def _prepare_blocks(packed: Packed, bias: Tensor | None) -> Run:
+    return streamed(Plan(packed, bias), native.run_blocks)
 
 
 def _prepare_panel(packed: Packed, bias: Tensor | None) -> Run:
@@ -306,3 +317,5 @@ for _layout in DECODE_ROWS:
     if _layout == "dense":
         continue
     register(Backend("panel", "linear", _layout, _refuse_panel, _prepare_panel, 20, MANY, _extra))
+_BLOCKS = "C++: x transposed, only stored blocks multiplied, many rows"
+register(Backend("blocks", "linear", "block", _refuse_blocks, _prepare_blocks, 25, _BLOCKS))

@@ -69,6 +69,7 @@ inline void fetch(const T* p, int64_t n) {
 }  // namespace pumice
 
 #include "avx2_tiles.h"
+#include "avx2_blocks.h"
 
 namespace pumice {
 namespace {
@@ -212,7 +213,8 @@ const Kernels table = {"avx2",
                        expand_rows<Avx2, uint16_t>,
                        expand_rows<Avx2, uint32_t>,
                        {coded_product<Coded, BF16>, coded_product<Coded, float>},
-                       {coded_expand<BF16>, coded_expand<float>}};
+                       {coded_expand<BF16>, coded_expand<float>},
+                       {block_panels<Blocks256<BF16>>(), block_panels<Blocks256<float>>()}};
 
 // Grouped products in fp32, eight sums a register.
 template <class Value>

@@ -16,6 +16,7 @@
 #include "avx512_coded.h"
 #include "avx512_grouped.h"
 #include "avx512_tiles.h"
+#include "avx512_blocks.h"
 #include "decoder_pieces.h"
 
 namespace pumice {
@@ -49,7 +50,8 @@ const Kernels table = {"avx512",
                        expand_rows<Avx512, uint16_t>,
                        expand_rows<Avx512, uint32_t>,
                        {coded_product<CodedFp32, BF16>, coded_product<CodedFp32, float>},
-                       {coded_expand<BF16>, coded_expand<float>}};
+                       {coded_expand<BF16>, coded_expand<float>},
+                       {block_panels<FloatBlocks512<BF16>>(), block_panels<FloatBlocks512<float>>()}};
 
 const StagePiece stages[] = {stage_columns<Floats512<BF16>>, stage_columns<Floats512<float>>};
 

@@ -19,6 +19,7 @@
 #include "avx512_coded.h"
 #include "avx512_grouped.h"
 #include "avx512_tiles.h"
+#include "avx512_blocks.h"
 #include "decoder_pieces.h"
 
 namespace pumice {
@@ -329,6 +330,33 @@ struct CodedBf16 : CodedFp32 {
   }
 };
 
+// Two columns of many rows of x in a register, multiplied in pairs.
+struct PairBlocks512 : Blocks512<BF16> {
+  static constexpr int64_t kColumns = 2, kWords = 1;
+
+  template <int M, int N, bool kWhole>
+  static inline void step(Reg (*acc)[N], const BF16* p, int64_t c, const uint32_t* x, int64_t) {
+    __m512bh v[N];
+    PUMICE_UNROLL
+    for (int n = 0; n < N; ++n) v[n] = pairs(_mm512_loadu_si512(x + 16 * n));
+    PUMICE_UNROLL
+    for (int m = 0; m < M; ++m) {
+      const __m512bh w = pairs(_mm512_set1_epi32(pair_at<kWhole>(p + m * c)));
+      PUMICE_UNROLL
+      for (int n = 0; n < N; ++n) acc[m][n] = _mm512_dpbf16_ps(acc[m][n], w, v[n]);
+    }
+  }
+
+  static void fill(const Matrix& w, int64_t begin, int64_t end, const T* x, int64_t rows, int64_t width, uint32_t* words) {
+    if (w.c % kColumns) return fill_plainly<PairBlocks512>(w, begin, end, x, rows, width, words);
+    const int64_t I = w.I;
+    const auto load = [x, I](int64_t row, int64_t word, __mmask16 inside) {
+      return _mm512_maskz_loadu_epi32(inside, x + row * I + 2 * word);
+    };
+    fill_by_turning(load, begin, end, rows, width, words);
+  }
+};
+
 const Kernels table = {"avx512_bf16",
                        true,
                        {dense_product<Bf16Sums, BF16>, dense_product<Fp32Sums, float>},
@@ -337,7 +365,8 @@ const Kernels table = {"avx512_bf16",
                        expand_rows<Expansion, uint16_t>,
                        expand_rows<Expansion, uint32_t>,
                        {coded_product<CodedBf16, BF16>, coded_product<CodedFp32, float>},
-                       {coded_expand<BF16>, coded_expand<float>}};
+                       {coded_expand<BF16>, coded_expand<float>},
+                       {block_panels<PairBlocks512>(), block_panels<FloatBlocks512<float>>()}};
 
 // bf16 in pairs, multiplied and added to fp32 by one instruction.
 struct Pairs512 : Sums512 {

@@ -56,6 +56,26 @@ typedef void (*Product)(const Matrix&, int64_t begin, int64_t end, const Input&,
 // Rows [begin, end) of the matrix, dense, to `out` [end - begin, I]; only the width of the dtype matters.
 typedef void (*Expand)(const Matrix&, int64_t begin, int64_t end, void* out, void* scratch);
 
+// x as the products of blocks with many rows read it: `width` rows stand side by side in a panel, one for each 32-bit word,
+// and a panel has a step for each column of the matrix, or for each pair of bf16 columns where these are multiplied in
+// pairs. A block has whole steps: where a pair goes beyond it, its second half is zero.
+struct Panel {
+  uint32_t* words;            // [panels, steps, words of a step, width]
+  int64_t width;              // a multiple of `lanes`, at most `width` of the kernels
+  int64_t rows;               // that are there; the others of the last panel are zeros
+};
+
+struct BlockPanels {
+  int64_t lanes;              // rows in a register
+  int64_t tall, width_tall;   // most rows of a panel where blocks have at least `tall` rows
+  int64_t width;              // most rows of a panel for others
+  int64_t columns, words;     // of a step
+  // Steps [begin, end) of all panels from x [rows, I].
+  void (*fill)(const Matrix&, int64_t begin, int64_t end, const void* x, const Panel&);
+  // Block rows [begin, end) of y [rows, O].
+  void (*product)(const Matrix&, int64_t begin, int64_t end, const Panel&, void* y);
+};
+
 struct Kernels {
   const char* name;
   bool bf16_input;            // products of bf16 read x as bf16; else x was widened to fp32
@@ -63,6 +83,7 @@ struct Kernels {
   Expand expand16, expand32;
   Product coded[2];           // by dtype of the scales
   Expand coded_expand[2];
+  BlockPanels panels[2];      // by dtype
 };
 
 // Each is null where this build has no such code.

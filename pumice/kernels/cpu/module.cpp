@@ -7,6 +7,7 @@
 #include <Python.h>
 
 #include "attention.h"
+#include "blocks.h"
 #include "decoder.h"
 #include "features.h"
 #include "gram.h"
@@ -201,6 +202,23 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Py_BEGIN_ALLOW_THREADS
   void* y = (void*)(intptr_t)v[2];
   enough = run_matrices(&w, &y, 1, *active, address<void>(v[0]), v[1], v[3]);
+  Py_END_ALLOW_THREADS
+  if (!enough) return PyErr_NoMemory();
+  Py_RETURN_NONE;
+}
+
+// run_blocks(plan, x, rows, y, threads): the same for blocks and many rows
+PyObject* run_blocks_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long v[4];
+  const Matrix* w = count ? (const Matrix*)PyCapsule_GetPointer(args[0], Plan<Matrix>::name) : nullptr;
+  if (PyErr_Occurred() || !integers(args + 1, count - 1, 4, v)) return nullptr;
+  if (!w->columns || w->coding != kNumbers || w->dtype > kF32) {
+    PyErr_SetString(PyExc_ValueError, "only for blocks of bfloat16 or float32");
+    return nullptr;
+  }
+  bool enough;
+  Py_BEGIN_ALLOW_THREADS
+  enough = run_blocks(*w, *active, address<void>(v[0]), v[1], (void*)(intptr_t)v[2], v[3]);
   Py_END_ALLOW_THREADS
   if (!enough) return PyErr_NoMemory();
   Py_RETURN_NONE;
@@ -530,6 +548,7 @@ PyMethodDef methods[] = {
     {"plan_block", fast(plan_block), METH_FASTCALL,
      "(values, blocks, columns, row_starts, bias, O, I, r, c, dtype) -> plan"},
     {"run", fast(run), METH_FASTCALL, "(plan, x, rows, y, threads)"},
+    {"run_blocks", fast(run_blocks_of), METH_FASTCALL, "(plan, x, rows, y, threads), for blocks and many rows"},
     {"expand", fast(expand), METH_FASTCALL, "(plan, begin, end, out, threads)"},
     {"nm_bitmask", fast(nm_bitmask_of), METH_FASTCALL, "(codes, O, I, n, m, out)"},
     {"lay_out_tiles", fast(lay_out_tiles_of), METH_FASTCALL,

@@ -1,5 +1,6 @@
 // Kernels in plain C++: the only ones outside x86, and the yardstick for the others in the tests.
 #include "driver.h"
+#include "blocks_kernel.h"
 #include "coded.h"
 #include "grouped_tile.h"
 #include "tiles_kernel.h"
@@ -94,6 +95,43 @@ struct Coded : PlainCoded {
   using X4 = float;
 };
 
+// Blocks times many rows of x, eight side by side.
+template <class Value>
+struct PlainBlocks {
+  typedef Value T;
+  struct Reg {
+    float v[8];
+  };
+  static constexpr int64_t kLanes = 8, kTall = 32, kWidth = 32;
+  static constexpr int64_t kMost = 4;
+  static constexpr int64_t kColumns = 1, kWords = 1;
+  static constexpr int registers(int64_t) { return 1; }
+
+  static Reg zero() { return {}; }
+  static void put(float* p, const Reg& r, bool add) {
+    for (int i = 0; i < 8; ++i) p[i] = add ? p[i] + r.v[i] : r.v[i];
+  }
+  static void fetch(const T*, int64_t) {}
+
+  template <int M, int N, bool kWhole>
+  static inline void step(Reg (*acc)[N], const T* p, int64_t c, const uint32_t* x, int64_t) {
+    for (int n = 0; n < N; ++n) {
+      float v[8];
+      memcpy(v, x + 8 * n, sizeof v);
+      for (int m = 0; m < M; ++m)
+        for (int i = 0; i < 8; ++i) acc[m][n].v[i] += widen(p[m * c]) * v[i];
+    }
+  }
+
+  static void store(const float* sums, int64_t width, int64_t outputs, int64_t rows, const float* bias, T* y,
+                    int64_t stride) {
+    store_sums(sums, width, outputs, rows, bias, y, stride);
+  }
+  static void fill(const Matrix& w, int64_t begin, int64_t end, const T* x, int64_t rows, int64_t width, uint32_t* words) {
+    fill_plainly<PlainBlocks>(w, begin, end, x, rows, width, words);
+  }
+};
+
 const Kernels table = {"portable",
                        false,
                        {dense_product<Portable, BF16>, dense_product<Portable, float>},
@@ -102,7 +140,8 @@ const Kernels table = {"portable",
                        expand_rows<Portable, uint16_t>,
                        expand_rows<Portable, uint32_t>,
                        {coded_product<Coded, BF16>, coded_product<Coded, float>},
-                       {coded_expand<BF16>, coded_expand<float>}};
+                       {coded_expand<BF16>, coded_expand<float>},
+                       {block_panels<PlainBlocks<BF16>>(), block_panels<PlainBlocks<float>>()}};
 
 // Grouped products: arrays of a vector's size, which compilers keep in vectors where they can.
 template <class Value>

@@ -1,0 +1,11 @@
+// Products of blocks with many rows of x, shared out among threads.
+#pragma once
+
+#include "kernels.h"
+
+namespace pumice {
+
+// y [rows, O] = x [rows, I] times a matrix of blocks of bf16 or fp32, and its bias; false when memory ran out.
+bool run_blocks(const Matrix&, const Kernels&, const void* x, int64_t rows, void* y, int64_t threads);
+
+}  // namespace pumice
