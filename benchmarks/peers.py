@@ -11,8 +11,8 @@ decode. SmolLM2-135M-Instruct, greedy, 64 tokens behind a prompt of 64: the GGUF
 and requantised by llama.cpp itself; rows of benchmarks/decode.py in Pumice, a token in one call; OpenVINO.
 
 Every row is a process of its own (benchmarks/peer_workers.py) on the same cores with the same number of threads. They take
-turns, and whoever has no turn is stopped. A turn waits until nothing else runs on the machine, and what a turn measured while
-others took more than 5 % of the cores is thrown away if there is enough without it (`disturbed`: what they took at most, where
+turns, and whoever has no turn is stopped. A turn waits until nothing else runs on these cores, and what a turn measured while
+others took more than 5 % of them is thrown away if there is enough without it (`disturbed`: what they took at most, where
 there is not). Medians.
 
 Peers go into environments of their own; one that is missing is a row that says so:
@@ -139,22 +139,28 @@ class Worker:
         self.process.wait()
 
 
-def cpu_seconds(stat: str) -> float:
-    """CPU time that all programs together have taken, from the text of /proc/stat: all but idle and waiting for disks."""
-    fields = [int(one) for one in stat.split("\n", 1)[0].split()[1:9]]
-    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+def cpu_seconds(stat: str, cores: Sequence[int]) -> float:
+    """CPU time that all programs together have taken of `cores`, from the text of /proc/stat."""
+    ticks = 0
+    for line in stat.splitlines():
+        name, *fields = line.split()
+        if name in {f"cpu{core}" for core in cores}:
+            numbers = [int(field) for field in fields[:8]]
+            # All but idle, and waiting for disks.
+            ticks += sum(numbers) - numbers[3] - numbers[4]
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def taken() -> float:
-    return cpu_seconds(Path("/proc/stat").read_text())
+def taken(cores: Sequence[int]) -> float:
+    return cpu_seconds(Path("/proc/stat").read_text(), cores)
 
 
-def wait_for_quiet(cores: int, until: float) -> None:
-    """Return when hardly anything runs, or when the time is up. Workers are stopped meanwhile."""
+def wait_for_quiet(cores: Sequence[int], until: float) -> None:
+    """Return when hardly anything runs on these cores, or when the time is up. Workers are stopped meanwhile."""
     while time.perf_counter() < until:
-        before, start = taken(), time.perf_counter()
+        before, start = taken(cores), time.perf_counter()
         time.sleep(0.1)
-        if taken() - before <= OTHERS * cores * (time.perf_counter() - start) + 0.011:
+        if taken(cores) - before <= OTHERS * len(cores) * (time.perf_counter() - start) + 0.011:
             return
 
 
@@ -170,7 +176,9 @@ def undisturbed(samples: Sequence[tuple[float, float]], least: int) -> tuple[lis
 
 def measure(workers: dict[str, Worker], counts: dict[str, int], rounds: int, until: float) -> dict[str, Row]:
     """Milliseconds of each row: `rounds` quiet turns each, or as many as there is time for."""
-    cores = os.cpu_count() or 1
+    cores = sorted(os.sched_getaffinity(0))
+    free = [core for core in range(os.cpu_count() or 1) if core not in cores]
+    beside: list[float] = []
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in workers}
     failed: dict[str, Row] = {}
 
@@ -186,13 +194,16 @@ def measure(workers: dict[str, Worker], counts: dict[str, int], rounds: int, unt
                 continue
             wait_for_quiet(cores, min(until, time.perf_counter() + PATIENCE))
             worker.ask(run=1)
-            before, start = taken(), time.perf_counter()
+            before, elsewhere, start = taken(cores), taken(free), time.perf_counter()
             found = worker.ask(run=counts[name])
-            others, wall = taken() - before - found.get("cpu", 0), time.perf_counter() - start
+            others, wall = taken(cores) - before - found.get("cpu", 0), time.perf_counter() - start
+            beside.append((taken(free) - elsewhere) / wall)
             if "missing" in found:
                 failed[name] = found
                 continue
-            samples[name].append((found["seconds"], max(0.0, others - 0.015) / (wall * cores)))
+            samples[name].append((found["seconds"], max(0.0, others - 0.015) / (wall * len(cores))))
+    if free:
+        print(f"on the cores beside, others took {statistics.mean(beside):.0%} of one", flush=True)
     table = dict(failed)
     for name, found in samples.items():
         if found and name not in failed:
@@ -241,8 +252,11 @@ def part(wanted: dict[str, Row], args: argparse.Namespace, scratch: Path, **told
                 worker.ask(run=2)
                 counts[name] = max(1, min(2000, round(TURN / worker.ask(run=2)["seconds"])))
             print(f"made {name} in {time.perf_counter() - start:.0f} s", facts, flush=True)
-        until = args.started + args.seconds
-        for name, found in measure(workers, counts, args.rounds, until).items():
+        print("turns begin", flush=True)
+        until = time.perf_counter() + args.seconds
+        measured = measure(workers, counts, args.rounds, until)
+        print("turns ended", flush=True)
+        for name, found in measured.items():
             table[name] = {**table[name], **found}
             print(f"{name:42s}", table[name], flush=True)
     finally:
@@ -282,13 +296,21 @@ def write_inputs(scratch: Path, rows: dict[str, Row], count: int, layers: int) -
         np.save(scratch / f"weights-{density}.npy", dense * np.repeat(kept, groups, -1))
 
 
+def ordinary(model: Any) -> Any:
+    """The same model without the note that it came from a GGUF file, which cannot be saved."""
+    config = type(model.config)(**{k: v for k, v in model.config.to_dict().items() if k != "quantization_config"})
+    made = type(model)(config).to(model.dtype)
+    made.load_state_dict(model.state_dict())
+    return made
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("mlp", "int4", "decode"), required=True)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rows", default="1,16,64,256", help="of mlp")
     parser.add_argument("--rounds", type=int, default=7, help="quiet turns of each row")
-    parser.add_argument("--seconds", type=float, default=220, help="time for all of it; no new round begins after")
+    parser.add_argument("--seconds", type=float, default=180, help="time for the turns of one table")
     parser.add_argument("--match", default="", help="rows whose name contains this")
     parser.add_argument("--remeasure", action="store_true", help="let pack time all layouts again")
     parser.add_argument("--openvino-python", help="an interpreter with openvino and, for decode, optimum-intel")
@@ -296,7 +318,6 @@ def main() -> None:
     parser.add_argument("--llama", help="a folder with libllama, libggml and its kernels")
     parser.add_argument("--quick", action="store_true", help="write nothing")
     args = parser.parse_args()
-    args.started = time.perf_counter()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, cores[: args.threads])
@@ -334,7 +355,7 @@ def main() -> None:
 
             from pumice.engine.models import demo_model
 
-            decode.smollm2().save_pretrained(scratch / "hf")
+            ordinary(decode.smollm2()).save_pretrained(scratch / "hf")
             told = {"tokens": 64, "gguf": str(demo_model()), "hf": str(scratch / "hf")}
             keep(f"decode, {threads}", part(DECODE, args, scratch, **told))
 
