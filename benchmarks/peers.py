@@ -48,8 +48,6 @@ TURN = 0.25
 """Seconds of one turn, about."""
 OTHERS = 0.05
 """Share of the cores that other programs may take during a turn."""
-PATIENCE = 3
-"""Seconds that a turn waits for a quiet machine."""
 PEERS = {
     "openvino": "pip install optimum-intel openvino, then --openvino-python",
     "deepsparse": 'pip install deepsparse==1.8.0 "numpy<2", then --deepsparse-python',
@@ -174,7 +172,9 @@ def undisturbed(samples: Sequence[tuple[float, float]], least: int) -> tuple[lis
     return [seconds for seconds, _ in kept], max(share for _, share in kept)
 
 
-def measure(workers: dict[str, Worker], counts: dict[str, int], rounds: int, until: float) -> dict[str, Row]:
+def measure(
+    workers: dict[str, Worker], counts: dict[str, int], rounds: int, until: float, patience: float
+) -> dict[str, Row]:
     """Milliseconds of each row: `rounds` quiet turns each, or as many as there is time for."""
     cores = sorted(os.sched_getaffinity(0))
     free = [core for core in range(os.cpu_count() or 1) if core not in cores]
@@ -192,7 +192,7 @@ def measure(workers: dict[str, Worker], counts: dict[str, int], rounds: int, unt
             # Rows take turns to the end, so that all see the same minutes, unless time is short.
             if name in failed or (turn >= rounds and enough(name)):
                 continue
-            wait_for_quiet(cores, min(until, time.perf_counter() + PATIENCE))
+            wait_for_quiet(cores, min(until, time.perf_counter() + patience))
             worker.ask(run=1)
             before, elsewhere, start = taken(cores), taken(free), time.perf_counter()
             found = worker.ask(run=counts[name])
@@ -254,7 +254,7 @@ def part(wanted: dict[str, Row], args: argparse.Namespace, scratch: Path, **told
             print(f"made {name} in {time.perf_counter() - start:.0f} s", facts, flush=True)
         print("turns begin", flush=True)
         until = time.perf_counter() + args.seconds
-        measured = measure(workers, counts, args.rounds, until)
+        measured = measure(workers, counts, args.rounds, until, args.patience)
         print("turns ended", flush=True)
         for name, found in measured.items():
             table[name] = {**table[name], **found}
@@ -311,6 +311,7 @@ def main() -> None:
     parser.add_argument("--rows", default="1,16,64,256", help="of mlp")
     parser.add_argument("--rounds", type=int, default=7, help="quiet turns of each row")
     parser.add_argument("--seconds", type=float, default=180, help="time for the turns of one table")
+    parser.add_argument("--patience", type=float, default=3, help="seconds that a turn waits for a quiet machine")
     parser.add_argument("--match", default="", help="rows whose name contains this")
     parser.add_argument("--remeasure", action="store_true", help="let pack time all layouts again")
     parser.add_argument("--openvino-python", help="an interpreter with openvino and, for decode, optimum-intel")
