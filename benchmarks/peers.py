@@ -13,13 +13,16 @@ and requantised by llama.cpp itself; rows of benchmarks/decode.py in Pumice, a t
 Every row is a process of its own (benchmarks/peer_workers.py) on the same cores with the same number of threads. They take
 turns, and whoever has no turn is stopped. A turn waits until nothing else runs on these cores, and what a turn measured while
 others took more than 5 % of them is thrown away if there is enough without it (`disturbed`: what they took at most, where
-there is not). Medians.
+there is not). Medians. `--realtime` lets turns go before all ordinary programs, for a machine that cannot be made quiet.
 
 Peers go into environments of their own; one that is missing is a row that says so:
 
     pip install optimum-intel openvino          # --openvino-python (openvino alone is enough for mlp)
     pip install deepsparse==1.8.0 "numpy<2"     # --deepsparse-python
     npm install node-llama-cpp@3.21.1           # --llama node_modules/@node-llama-cpp/linux-x64/bins/linux-x64
+
+(optimum-intel must be installed with the torch that is wanted, torch==2.13.0 say, and without a torchvision that does not
+fit it.)
 
     python benchmarks/peers.py --part mlp --threads 1 --rows 1,16 --openvino-python PATH ...
 """
@@ -131,6 +134,11 @@ class Worker:
             return {"missing": f"ended with {self.process.wait()}: {' '.join(last)[:200]}"}
         self.process.send_signal(signal.SIGSTOP)
         return json.loads(line)
+
+    def realtime(self) -> None:
+        """Let its threads go before all ordinary programs, each on a core of its own; only turns are run like this."""
+        for thread in Path(f"/proc/{self.process.pid}/task").iterdir():
+            os.sched_setscheduler(int(thread.name), os.SCHED_FIFO, os.sched_param(1))
 
     def end(self) -> None:
         self.process.kill()
@@ -251,6 +259,8 @@ def part(wanted: dict[str, Row], args: argparse.Namespace, scratch: Path, **told
             else:
                 worker.ask(run=2)
                 counts[name] = max(1, min(2000, round(TURN / worker.ask(run=2)["seconds"])))
+            if name in workers and args.realtime:
+                worker.realtime()
             print(f"made {name} in {time.perf_counter() - start:.0f} s", facts, flush=True)
         print("turns begin", flush=True)
         until = time.perf_counter() + args.seconds
@@ -317,6 +327,7 @@ def main() -> None:
     parser.add_argument("--openvino-python", help="an interpreter with openvino and, for decode, optimum-intel")
     parser.add_argument("--deepsparse-python", help="an interpreter with deepsparse 1.8")
     parser.add_argument("--llama", help="a folder with libllama, libggml and its kernels")
+    parser.add_argument("--realtime", action="store_true", help="turns go before ordinary programs (for the superuser)")
     parser.add_argument("--quick", action="store_true", help="write nothing")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))

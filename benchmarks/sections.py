@@ -293,11 +293,14 @@ def _cell(row: Results, key: str = "ms") -> str:
     return f"{text}*" if "disturbed" in row else text
 
 
-def _beaten(columns: dict[str, Results]) -> str:
-    """For each column the fastest other engine, and everything of ours that is slower than it."""
+def _beaten(columns: dict[str, Results], without: str | None = None) -> str:
+    """For each column the fastest other engine, and everything of ours that is slower than it.
+
+    Rows with `without` in their names are left out of account.
+    """
     lines = []
     for label, rows in columns.items():
-        times = {name: row["ms"] for name, row in rows.items() if "ms" in row}
+        times = {name: row["ms"] for name, row in rows.items() if "ms" in row and (not without or without not in name)}
         others = {name: ms for name, ms in times.items() if not name.startswith(OURS)}
         if not others or len(others) == len(times):
             continue
@@ -340,7 +343,10 @@ def peers(results: Results, part: str) -> str:
         body.append([name, *cells, ran])
     what = {"mlp": "ms for the network", "int4": "ms for the product", "decode": "ms a token (tokens a second)"}[part]
     head = [what, *columns, *(["error"] if part != "decode" else []), *(["MB"] if part != "mlp" else []), "ran as"]
-    parts = [table(head, body), _beaten(tables)]
+    parts = [table(head, body)]
+    if part == "mlp" and any("int8" in name for name in names):
+        parts += ["Among rows in bf16 and float32:", _beaten(tables, "int8"), "Among all, int8 too:"]
+    parts.append(_beaten(tables))
     if missing:
         parts.append(f"Not measured: {'; '.join(missing)}.")
     if any("disturbed" in row for rows in tables.values() for row in rows.values()):
