@@ -293,3 +293,76 @@ def decoding(results: Results) -> str:
             parts.append(f"Not measured: {', '.join(absent)}.")
         parts.append(f"({machine(found['machine'])}.)")
     return "\n\n".join(parts)
+
+
+OURS = "Pumice"
+
+
+def _cell(row: Results, key: str = "ms") -> str:
+    """A time; with a star where other programs ran meanwhile; nothing where there is none."""
+    if key not in row:
+        return ""
+    text = f"{row[key]:.2f}" if row[key] < 10 else f"{row[key]:.1f}"
+    return f"{text}*" if "disturbed" in row else text
+
+
+def _beaten(columns: dict[str, Results], without: str | None = None) -> str:
+    """For each column the fastest other engine, and everything of ours that is slower than it.
+
+    Rows with `without` in their names are left out of account.
+    """
+    lines = []
+    for label, rows in columns.items():
+        times = {name: row["ms"] for name, row in rows.items() if "ms" in row and (not without or without not in name)}
+        others = {name: ms for name, ms in times.items() if not name.startswith(OURS)}
+        if not others or len(others) == len(times):
+            continue
+        best = min(others, key=lambda name: others[name])
+        slower = [
+            f"{name.removeprefix(OURS).strip()} ({times[name] / others[best]:.2f}×)"
+            for name in times
+            if name.startswith(OURS) and times[name] > others[best]
+        ]
+        what = f"slower than it: {'; '.join(slower)}" if slower else "everything of ours is faster"
+        lines.append(f"- {label}: the fastest other is {best}, {_cell(rows[best])} ms; {what}.")
+    return "\n".join(lines)
+
+
+def peers(results: Results, part: str) -> str:
+    """One part of the comparison with other engines: a row each, a column for each thread count (and row count)."""
+    columns = {
+        label.removeprefix(f"{part}, "): found for label, found in results.items() if label.startswith(f"{part}, ")
+    }
+    if not columns:
+        return ""
+    tables = {label: found["rows"] for label, found in columns.items()}
+    names = list(dict.fromkeys(name for rows in tables.values() for name in rows))
+    body, missing = [], []
+    for name in names:
+        found = [rows.get(name, {}) for rows in tables.values()]
+        timed = [row for row in found if "ms" in row]
+        if not timed:
+            missing.append(f"{name} ({next(row['missing'] for row in found if 'missing' in row)})")
+            continue
+        cells = [_cell(row) for row in found]
+        if part == "decode":
+            cells = [f"{cell} ({1e3 / row['ms']:.0f})" if cell else "" for cell, row in zip(cells, found, strict=True)]
+        last = timed[-1]
+        ran = "; ".join(dict.fromkeys(row["ran"] for row in timed if "ran" in row))
+        if "relative_error" in last:
+            cells.append(f"{last['relative_error']:.1e}")
+        if part != "mlp":
+            cells.append(f"{last['bytes'] / 1e6:.1f}" if "bytes" in last else "")
+        body.append([name, *cells, ran])
+    what = {"mlp": "ms for the network", "int4": "ms for the product", "decode": "ms a token (tokens a second)"}[part]
+    head = [what, *columns, *(["error"] if part != "decode" else []), *(["MB"] if part != "mlp" else []), "ran as"]
+    parts = [table(head, body)]
+    if part == "mlp" and any("int8" in name for name in names):
+        parts += ["Among rows in bf16 and float32:", _beaten(tables, "int8"), "Among all, int8 too:"]
+    parts.append(_beaten(tables))
+    if missing:
+        parts.append(f"Not measured: {'; '.join(missing)}.")
+    if any("disturbed" in row for rows in tables.values() for row in rows.values()):
+        parts.append("\\* Other programs took more than 5 % of the cores meanwhile.")
+    parts.append(f"({machine(next(iter(columns.values()))['machine'])}.)")
+    return "\n\n".join(filter(None, parts))

@@ -256,6 +256,10 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "moe layer": measured("moe_layer.json", sections.experts),
         "moe compare": measured("moe_compare.json", sections.compared),
     },
+    "docs/peers.md": {
+        f"peers {part}": measured("peers.json", lambda results, part=part: sections.peers(results, part))
+        for part in ("mlp", "int4", "decode")
+    },
     "docs/repair.md": {"repairs": measured("repair_quality.json", repairs)},
     "docs/shrink.md": {
         "shrink": measured("shrink_quality.json", shrunk),
