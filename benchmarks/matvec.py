@@ -1,10 +1,12 @@
 """One linear layer, 4096 x 4096, weights out of cache: every sparse layout beside PyTorch's best dense.
 
 Copies of each weight are rotated through 512 MiB, so that weights come from memory as in a real model. Layouts take
-turns in one run; medians. Dense is F.linear and oneDNN with its own weight order; ratios are against the faster.
+turns in one run; medians. Dense is F.linear, oneDNN with its own weight order and, for few rows, Pumice's own kernel; ratios
+are against the fastest of them in the same run.
 The cost of a call beyond its kernel is that of a layer with hardly any weights, less the bare kernel call.
 
     python benchmarks/matvec.py                       # writes benchmarks/results/matvec.json
+    python benchmarks/matvec.py --match block         # those cases anew, the others stay as they were measured
     python benchmarks/matvec.py --size 512 --quick    # a look, nothing is written
 """
 
@@ -125,12 +127,13 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--rows", default="1,16,64,256")
     parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--match", default="", help="cases whose name contains this (dense is always measured)")
     parser.add_argument("--quick", action="store_true", help="few rounds, nothing written")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     dtype, cold = torch.bfloat16, COLD_BYTES // (16 if args.quick else 1)
-    layers = cases(args.size, dtype)
+    layers = {name: layer for name, layer in cases(args.size, dtype).items() if args.match in name or name == "dense"}
     results: list[dict[str, Any]] = []
     for threads in map(int, args.threads.split(",")):
         torch.set_num_threads(threads)
@@ -152,6 +155,10 @@ def main() -> None:
     print("microseconds:", overhead)
     if not args.quick:
         content = {"what": __doc__, "size": args.size, "dtype": "bfloat16", "machine": machine_stamp()}
+        if args.match:
+            new = {(line["threads"], line["rows"], line["case"]): line for line in results if line["case"] != "dense"}
+            before = json.loads(RESULTS.read_text())["results"]
+            results = [new.pop((line["threads"], line["rows"], line["case"]), line) for line in before] + [*new.values()]
         RESULTS.write_text(json.dumps({**content, "results": results, "call_overhead_us": overhead}, indent=1) + "\n")
 
 
