@@ -158,7 +158,9 @@ def main() -> None:
         if args.match:
             new = {(line["threads"], line["rows"], line["case"]): line for line in results if line["case"] != "dense"}
             before = json.loads(RESULTS.read_text())["results"]
-            results = [new.pop((line["threads"], line["rows"], line["case"]), line) for line in before] + [*new.values()]
+            results = [new.pop((line["threads"], line["rows"], line["case"]), line) for line in before] + [
+                *new.values()
+            ]
         RESULTS.write_text(json.dumps({**content, "results": results, "call_overhead_us": overhead}, indent=1) + "\n")
 
 
