@@ -30,9 +30,11 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """`model_type` of the decoders whose layers are those of `core/decoder.py`."""
 ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 HEAD_ROWS = 4
+"""Rows up to which a dense head streams its weights itself."""
 ROOM = 256
 """Tokens by which a cache grows at least."""
 CAPTURE = "transformers.utils.output_capturing"
+"""Where the hooks of Transformers come from."""
 PLAIN = {"cache_position", "use_cache", "return_dict", "output_attentions", "output_hidden_states"}
 
 
@@ -263,7 +265,12 @@ class FusedForward:
         """What forward returns, or None where this is not the call for it."""
         decoder: Any = self.decoder
         given = input_ids if inputs_embeds is None else inputs_embeds
-        if given is None or given.shape[1] != 1 or (input_ids is not None and inputs_embeds is not None):
+        if (
+            given is None
+            or given.dim() < 2
+            or given.shape[1] != 1
+            or (input_ids is not None and inputs_embeds is not None)
+        ):
             return None
         if torch.is_grad_enabled() or decoder.training or torch.is_autocast_enabled("cpu") or others.keys() - PLAIN:
             return None

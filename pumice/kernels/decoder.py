@@ -24,6 +24,9 @@ from pumice.kernels import cpu_backend
 from pumice.kernels.cpu_backend import CODED, CODES, DECODE_GROUPS, PRODUCTS, RUN_AS, Plan, Planned
 from pumice.kernels.csr_cpu import TilePlan
 
+# Threads wait for each other at every step, so all pieces have to run at once, as a loop of OpenMP runs them; tasks in a queue
+# may not.
+TOGETHER = not cpu_backend.torch_threads or "OpenMP" in torch.__config__.parallel_info()
 MOST_ROWS = 16
 MOST_HEAD = 256
 MATRICES = ("dense", "bitmask", "block", *CODED, *RUN_AS)
@@ -89,7 +92,8 @@ class _Bound:
 
 
 def _prepare(decoder: Any, _: Tensor | None) -> Run:
-    bound, decode, threads = _Bound(decoder), cpu_backend.native.decode, torch.get_num_threads
+    bound, decode = _Bound(decoder), cpu_backend.native.decode
+    threads = torch.get_num_threads if TOGETHER else lambda: 1
 
     def run(
         x_BD: Tensor,
