@@ -262,6 +262,8 @@ def test_bench_names_the_measures_and_the_settings(place):
     assert [(row["name"], row["batch"]) for row in result["rows"]] == [
         ("dense", 1),
         ("dense", 2),
+        ("dense, packed", 1),
+        ("dense, packed", 2),
         ("sparse", 1),
         ("sparse", 2),
     ]

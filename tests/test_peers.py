@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 STAMP = {"cores": 3, "cpu": "Made Up", "kernels_in_use": "none"}
@@ -25,6 +26,15 @@ def test_cpu_seconds_are_those_of_the_cores_without_idle_and_waiting(module):
     assert seconds(stat, [0]) == 171 / tick
     assert seconds(stat, [0, 1]) == 172 / tick
     assert seconds(stat, []) == 0
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    """A worker has a process of its own and sets threads and gradients there; here they are put back."""
+    threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(gradients)
 
 
 def test_quiet_turns_count_and_without_enough_the_least_disturbed(module):
