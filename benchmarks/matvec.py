@@ -1,4 +1,4 @@
-"""One linear layer, 4096 x 4096, weights out of cache: every sparse layout beside PyTorch's best dense.
+"""One linear layer, 4096 x 4096, weights out of cache: every sparse layout beside the best dense.
 
 Copies of each weight are rotated through 512 MiB, so that weights come from memory as in a real model. Layouts take
 turns in one run; medians. Dense is F.linear, oneDNN with its own weight order and, for few rows, Pumice's own kernel; ratios

@@ -91,7 +91,7 @@ FILE_TYPES = {"Q4_1 (the file itself)": None, "Q4_0": 2, "Q8_0": 7, "bf16": 32}
 """llama.cpp's numbers for types of files."""
 DECODE: dict[str, Row] = {
     "PyTorch eager bf16": ours(make="decode_pumice", row="eager", fused=False),
-    "Pumice bf16, dense": ours(make="decode_pumice", row="engine", fused=True),
+    "Pumice bf16, dense": ours(make="decode_pumice", row="dense bf16", fused=True),
     "Pumice bf16, 50 % zeros": ours(make="decode_pumice", row="50 % bf16", fused=True),
     "Pumice bf16, 50 % zeros, head int8": ours(make="decode_pumice", row="50 % bf16, head int8", fused=True),
     "Pumice int8, dense": ours(make="decode_pumice", row="dense int8, head int8", fused=True),

@@ -156,7 +156,7 @@ def speed() -> str:
     stamp = results["machine"]
     return (
         f"{table(['4096 × 4096, bf16, weights cold', *head], rows)}\n\n"
-        f"Against the faster of `F.linear` and oneDNN with its own weight order (`benchmarks/matvec.py`; {stamp['cpu']}, "
+        f"Against the fastest dense: `F.linear`, oneDNN with its own weight order, or Pumice's own for few rows (`benchmarks/matvec.py`; {stamp['cpu']}, "
         f"{stamp['kernels_in_use']}). A sparse layer's call costs {cost['2-D: layer beyond kernel']} µs beyond its kernel for "
         f"2-D inputs and {cost['3-D: layer beyond kernel']} µs for 3-D ones; a whole call of a tiny `nn.Linear` costs "
         f"{cost['nn.Linear call']} µs."

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pumice.core.errors import PumiceError
-from pumice.engine import fuse as fusing
+from pumice.engine import cache_room
 from pumice.engine.fuse import fuse, is_fused, unfuse
 from pumice.engine.generate import generate
 from pumice.engine.pack import pack, unpack
@@ -245,7 +245,7 @@ def test_several_callers_at_once_and_threads_of_its_own():
 
 
 def test_a_cache_grows_crops_and_is_copied(monkeypatch):
-    monkeypatch.setattr(fusing, "ROOM", 3)
+    monkeypatch.setattr(cache_room, "ROOM", 3)
     model = family("Llama")
     ids = torch.randint(0, 100, (2, 40))
     want = told(model, ids, 4)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 STAMP = {"cores": 3, "cpu": "Made Up", "kernels_in_use": "none"}
@@ -83,6 +84,8 @@ def test_every_row_names_a_kind_of_worker_and_a_known_peer(module):
     for row in [*peers.MLP.values(), *peers.INT4.values(), *peers.DECODE.values()]:
         assert row["make"] in workers.KINDS
         assert row["peer"] in (None, *peers.PEERS)
+    asked = {row["row"] for row in peers.DECODE.values() if row["make"] == "decode_pumice"}
+    assert asked <= {"eager", *module("decode").rows(nn.Module())}
 
 
 def test_a_table_says_where_ours_is_slower(module):

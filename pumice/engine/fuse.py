@@ -3,7 +3,7 @@
 The forward of the model's decoder is put behind one that takes single tokens (of up to 16 sequences, on the CPU, without
 gradients) and hands everything else to the original: prompts, training, outputs of single layers, compilation, hooks, caches
 of other kinds. Modules, names and weights stay as they are, in whatever layouts; `generate` and `forward` are called as before.
-A `DynamicCache` is given room to grow, so that no token copies what is in it; it can be cropped, reordered and copied as ever.
+What a cache needs for that is in cache_room.py.
 
 Legend: B sequences, T tokens, H heads, d width of a head, L layers.
 """
@@ -23,6 +23,7 @@ from torch.nn.modules import module as torch_module
 from pumice.core import dispatch
 from pumice.core.decoder import Decoder, DecoderLayer
 from pumice.core.errors import PumiceError
+from pumice.engine.cache_room import kind_of
 from pumice.weights.layouts.base import pack as pack_as
 from pumice.weights.modules import SparseLinear
 
@@ -31,8 +32,6 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 HEAD_ROWS = 4
 """Rows up to which a dense head streams its weights itself."""
-ROOM = 256
-"""Tokens by which a cache grows at least."""
 CAPTURE = "transformers.utils.output_capturing"
 """Where the hooks of Transformers come from."""
 PLAIN = {"cache_position", "use_cache", "return_dict", "output_attentions", "output_hidden_states"}
@@ -280,7 +279,7 @@ class FusedForward:
         for name in ("output_attentions", "output_hidden_states"):
             if others.get(name, getattr(config, name, False)):
                 return None
-        batch, cache = given.shape[0], _kind(past_key_values)
+        batch, cache = given.shape[0], kind_of(past_key_values)
         if cache is None or batch > 16:
             return None
         length = cache.length(past_key_values) + 1
@@ -376,91 +375,3 @@ def _mask(attention_mask: Any, batch: int, length: int) -> Tensor | None:
         return _UNKNOWN
     there = attention_mask != 0
     return None if bool(there.all()) else there.to(torch.uint8).contiguous()
-
-
-class _Room:
-    """Keys and values of all layers in memory that has room for more tokens, and where they lie.
-
-    `views` are the tensors that the cache's layers hold: any others mean that somebody changed the cache.
-    """
-
-    def __init__(self, addresses: Tensor, strides: tuple[int, int], buffer: Tensor | None = None) -> None:
-        self.addresses, self.strides, self.buffer = addresses, strides, buffer
-        self.views: tuple[Tensor, ...] = ()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        # The copy's tensors lie elsewhere, so that it gets room of its own.
-        return None
-
-    def __reduce__(self) -> Any:
-        return type(None), ()
-
-
-class _Dynamic:
-    """A `DynamicCache` all of whose layers keep all tokens."""
-
-    @staticmethod
-    def length(cache: Any) -> int:
-        return cache.layers[0].keys.shape[2]
-
-    @staticmethod
-    def room(cache: Any, decoder: Decoder, batch: int, length: int) -> _Room | None:
-        layers = cache.layers
-        found: _Room | None = cache.__dict__.get("_pumice_room")
-        held = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
-        if found is not None and found.buffer is not None and len(found.views) == len(held):
-            same = all(map(operator.is_, found.views, held))
-            if same and length <= found.buffer.shape[3]:
-                return found
-        shape = batch, decoder.kv_heads, length - 1, decoder.head
-        if len(layers) != len(decoder.layers) or any(t.shape != shape or t.dtype is not decoder.dtype for t in held):
-            return None
-        most = length + max(ROOM, length // 2)
-        buffer = torch.empty(len(held), batch, decoder.kv_heads, most, decoder.head, dtype=decoder.dtype)
-        for place, tensor in zip(buffer, held, strict=True):
-            place[:, :, : length - 1] = tensor
-        starts = buffer.data_ptr() + torch.arange(len(held)) * (buffer.stride(0) * buffer.element_size())
-        return _Room(starts, (buffer.stride(1), buffer.stride(2)), buffer)
-
-    @staticmethod
-    def advance(cache: Any, room: _Room, length: int) -> None:
-        assert room.buffer is not None
-        room.views = room.buffer.narrow(3, 0, length).unbind(0)
-        cache._pumice_room = room
-        for index, layer in enumerate(cache.layers):
-            layer.keys, layer.values = room.views[2 * index], room.views[2 * index + 1]
-
-
-class _Static:
-    """A `StaticCache`, which has its room already."""
-
-    @staticmethod
-    def length(cache: Any) -> int:
-        return int(cache.layers[0].cumulative_length)
-
-    @staticmethod
-    def room(cache: Any, decoder: Decoder, batch: int, length: int) -> _Room | None:
-        held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-        most = held[0].shape[2]
-        shape = batch, decoder.kv_heads, most, decoder.head
-        fits = all(t.shape == shape and t.dtype is decoder.dtype and t.is_contiguous() for t in held)
-        if not fits or length > most or len(cache.layers) != len(decoder.layers):
-            return None
-        addresses = torch.tensor([tensor.data_ptr() for tensor in held])
-        return _Room(addresses, (held[0].stride(0), held[0].stride(1)))
-
-    @staticmethod
-    def advance(cache: Any, room: _Room, length: int) -> None:
-        for layer in cache.layers:
-            layer.cumulative_length.add_(1)
-
-
-def _kind(cache: Any) -> type[_Dynamic] | type[_Static] | None:
-    """How a cache is handled; None for one of another kind, an empty one, or none."""
-    layers = getattr(cache, "layers", None)
-    if not layers or not all(getattr(layer, "is_initialized", False) for layer in layers):
-        return None
-    kinds = {f"{type(cache).__name__}/{type(layer).__name__}" for layer in layers}
-    if kinds == {"DynamicCache/DynamicLayer"}:
-        return _Dynamic
-    return _Static if kinds == {"StaticCache/StaticLayer"} else None

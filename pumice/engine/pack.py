@@ -259,18 +259,21 @@ def _fastest(
     remeasure: bool,
 ) -> tuple[LayerChoice, nn.Module]:
     """The layer by a verdict for layers like it; by a new one, added to `known`, where those are for zeros elsewhere."""
-    for attempt in range(len(known) + 1):
-        if attempt == len(known):
-            known.append(verdict_of(wanted, rows, budget, remeasure, attempt))
+
+    def followed(verdict: Verdict) -> tuple[LayerChoice, nn.Module]:
         # Rounded numbers are only for where integers run.
-        source = packed if known[attempt].layout == "dense" else wanted
-        try:
-            return _apply(name, module, source, known[attempt], rows)
-        except LayoutRefused:
-            continue
-    # What was kept on disk came from another model.
-    known[-1] = verdict_of(wanted, rows, budget, True, len(known) - 1)
-    return _apply(name, module, packed if known[-1].layout == "dense" else wanted, known[-1], rows)
+        return _apply(name, module, packed if verdict.layout == "dense" else wanted, verdict, rows)
+
+    for verdict in known:
+        with suppress(LayoutRefused):
+            return followed(verdict)
+    known.append(verdict_of(wanted, rows, budget, remeasure, len(known)))
+    try:
+        return followed(known[-1])
+    except LayoutRefused:
+        # What was kept on disk came from another model.
+        known[-1] = verdict_of(wanted, rows, budget, True, len(known) - 1)
+        return followed(known[-1])
 
 
 def _apply(

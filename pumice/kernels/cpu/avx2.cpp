@@ -119,35 +119,6 @@ struct Avx2 {
     }
   }
 
-  template <class T, int N>
-  static void row(const T* w, int64_t ahead, const float* x, int64_t stride, int64_t I, float* sums) {
-    constexpr int U = N == 1 ? 8 : N == 2 ? 4 : 2;  // sums in flight, to hide their latency
-    __m256 acc[N][U];
-    PUMICE_UNROLL
-    for (int n = 0; n < N; ++n)
-      PUMICE_UNROLL
-      for (int u = 0; u < U; ++u) acc[n][u] = _mm256_setzero_ps();
-    int64_t k = 0;
-    for (; k + 8 * U <= I; k += 8 * U)
-      PUMICE_UNROLL
-      for (int u = 0; u < U; ++u) {
-        _mm_prefetch((const char*)(w + k + u * 8 + ahead), _MM_HINT_T0);
-        const __m256 v = load8(w + k + 8 * u);
-        PUMICE_UNROLL
-        for (int n = 0; n < N; ++n) acc[n][u] = _mm256_fmadd_ps(v, load8(x + n * stride + k + 8 * u), acc[n][u]);
-      }
-    float rest[N] = {};
-    for (; k < I; ++k)
-      PUMICE_UNROLL
-      for (int n = 0; n < N; ++n) rest[n] += widen(w[k]) * x[n * stride + k];
-    PUMICE_UNROLL
-    for (int n = 0; n < N; ++n) {
-      __m256 total = acc[n][0];
-      for (int u = 1; u < U; ++u) total = _mm256_add_ps(total, acc[n][u]);
-      sums[n] = sum(total) + rest[n];
-    }
-  }
-
   template <class T, int M, int N>
   static void tile(const T* values, const int32_t* columns, int64_t begin, int64_t end, int64_t r, int64_t c,
                    int64_t ahead, const float* x, int64_t stride, float (*sums)[N]) {
@@ -205,17 +176,6 @@ struct Coded : PlainCoded {
   using X4 = float;
 };
 
-const Kernels table = {"avx2",
-                       false,
-                       {dense_product<Avx2, BF16>, dense_product<Avx2, float>},
-                       {bitmask_product<Avx2, BF16>, bitmask_product<Avx2, float>},
-                       {block_product<Avx2, BF16>, block_product<Avx2, float>},
-                       expand_rows<Avx2, uint16_t>,
-                       expand_rows<Avx2, uint32_t>,
-                       {coded_product<Coded, BF16>, coded_product<Coded, float>},
-                       {coded_expand<BF16>, coded_expand<float>},
-                       {block_panels<Blocks256<BF16>>(), block_panels<Blocks256<float>>()}};
-
 // Grouped products in fp32, eight sums a register.
 template <class Value>
 struct Floats256 {
@@ -226,6 +186,7 @@ struct Floats256 {
   static constexpr int kM = 4, kN = 3, kDirectM = 4, kDirectN = 3, kWidth = 8, kStep = 1, kCross = 1, kV = 2, kR = 4;
 
   static Sum zero() { return _mm256_setzero_ps(); }
+  static Sum add(Sum a, Sum b) { return _mm256_add_ps(a, b); }
   static Reg none() { return _mm256_setzero_ps(); }
   static Reg load(const T* p) { return load8(p); }
   static Reg load(const T* p, int64_t n) {
@@ -247,6 +208,17 @@ struct Floats256 {
     _mm256_storeu_ps(out, add ? _mm256_add_ps(_mm256_loadu_ps(out), s) : s);
   }
 };
+
+const Kernels table = {"avx2",
+                       false,
+                       {dense_product<Floats256<BF16>, Floats256<float>>, dense_product<Floats256<float>, Floats256<float>>},
+                       {bitmask_product<Avx2, BF16>, bitmask_product<Avx2, float>},
+                       {block_product<Avx2, BF16>, block_product<Avx2, float>},
+                       expand_rows<Avx2, uint16_t>,
+                       expand_rows<Avx2, uint32_t>,
+                       {coded_product<Coded, BF16>, coded_product<Coded, float>},
+                       {coded_expand<BF16>, coded_expand<float>},
+                       {block_panels<Blocks256<BF16>>(), block_panels<Blocks256<float>>()}};
 
 const StagePiece stages[] = {stage_columns<Floats256<BF16>>, stage_columns<Floats256<float>>};
 

@@ -107,38 +107,6 @@ struct Bf16Sums {
       }
   }
 
-  template <class T, int N>
-  static void row(const BF16* w, int64_t ahead, const BF16* x, int64_t stride, int64_t I, float* sums) {
-    constexpr int U = N == 1 ? 8 : N == 2 ? 4 : 2;  // sums in flight, to hide their latency
-    __m512 acc[N][U];
-    PUMICE_UNROLL
-    for (int n = 0; n < N; ++n)
-      PUMICE_UNROLL
-      for (int u = 0; u < U; ++u) acc[n][u] = _mm512_setzero_ps();
-    int64_t k = 0;
-    for (; k + 32 * U <= I; k += 32 * U)
-      PUMICE_UNROLL
-      for (int u = 0; u < U; ++u) {
-        _mm_prefetch((const char*)(w + k + u * 32 + ahead), _MM_HINT_T0);
-        const __m512bh v = pairs(_mm512_loadu_si512(w + k + 32 * u));
-        PUMICE_UNROLL
-        for (int n = 0; n < N; ++n) acc[n][u] = _mm512_dpbf16_ps(acc[n][u], v, pairs(_mm512_loadu_si512(x + n * stride + k + 32 * u)));
-      }
-    for (; k < I; k += 32) {
-      const __mmask32 inside = I - k >= 32 ? (__mmask32)0xffffffff : (__mmask32)((1u << (I - k)) - 1);
-      const __m512bh v = pairs(_mm512_maskz_loadu_epi16(inside, w + k));
-      PUMICE_UNROLL
-      for (int n = 0; n < N; ++n)
-        acc[n][0] = _mm512_dpbf16_ps(acc[n][0], v, pairs(_mm512_maskz_loadu_epi16(inside, x + n * stride + k)));
-    }
-    PUMICE_UNROLL
-    for (int n = 0; n < N; ++n) {
-      __m512 total = acc[n][0];
-      for (int u = 1; u < U; ++u) total = _mm512_add_ps(total, acc[n][u]);
-      sums[n] = _mm512_reduce_add_ps(total);
-    }
-  }
-
   template <class T, int M, int N>
   static void tile(const BF16* values, const int32_t* columns, int64_t begin, int64_t end, int64_t r, int64_t c,
                    int64_t ahead, const BF16* x, int64_t stride, float (*sums)[N]) {
@@ -357,17 +325,6 @@ struct PairBlocks512 : Blocks512<BF16> {
   }
 };
 
-const Kernels table = {"avx512_bf16",
-                       true,
-                       {dense_product<Bf16Sums, BF16>, dense_product<Fp32Sums, float>},
-                       {bitmask_product<Bf16Sums, BF16>, bitmask_product<Fp32Sums, float>},
-                       {block_product<Bf16Sums, BF16>, block_product<Fp32Sums, float>},
-                       expand_rows<Expansion, uint16_t>,
-                       expand_rows<Expansion, uint32_t>,
-                       {coded_product<CodedBf16, BF16>, coded_product<CodedFp32, float>},
-                       {coded_expand<BF16>, coded_expand<float>},
-                       {block_panels<PairBlocks512>(), block_panels<FloatBlocks512<float>>()}};
-
 // bf16 in pairs, multiplied and added to fp32 by one instruction.
 struct Pairs512 : Sums512 {
   typedef BF16 T;
@@ -403,6 +360,17 @@ struct Pairs512 : Sums512 {
     out[1] = _mm512_permutex2var_epi16(a, high, b);
   }
 };
+
+const Kernels table = {"avx512_bf16",
+                       true,
+                       {dense_product<Pairs512, Pairs512>, dense_product<Floats512<float>, Floats512<float>>},
+                       {bitmask_product<Bf16Sums, BF16>, bitmask_product<Fp32Sums, float>},
+                       {block_product<Bf16Sums, BF16>, block_product<Fp32Sums, float>},
+                       expand_rows<Expansion, uint16_t>,
+                       expand_rows<Expansion, uint32_t>,
+                       {coded_product<CodedBf16, BF16>, coded_product<CodedFp32, float>},
+                       {coded_expand<BF16>, coded_expand<float>},
+                       {block_panels<PairBlocks512>(), block_panels<FloatBlocks512<float>>()}};
 
 const StagePiece stages[] = {stage_columns<Pairs512>, stage_columns<Floats512<float>>};
 
@@ -461,17 +429,6 @@ const TileKernels tiles = {
 struct PairsHead {
   static constexpr int64_t kMost = 128;
 
-  // a, b, c and d each added up.
-  static inline __m128 sums(__m512 a, __m512 b, __m512 c, __m512 d) {
-    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-    const __m512 all = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
-    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-  }
-
   template <class T, int N>
   static void scores(const BF16* q, const BF16* keys, int64_t head, int64_t length, float scale, float* scores) {
     if (head % 32 || head > kMost) return AnyHead::scores<T, N>(q, keys, head, length, scale, scores);
@@ -498,9 +455,11 @@ struct PairsHead {
       }
       const __mmask8 inside = length - t >= 4 ? 15 : (__mmask8)((1u << (length - t)) - 1);
       PUMICE_UNROLL
-      for (int n = 0; n < N; ++n)
-        _mm_mask_storeu_ps(scores + n * length + t, inside,
-                           _mm_mul_ps(factor, sums(acc[n][0], acc[n][1], acc[n][2], acc[n][3])));
+      for (int n = 0; n < N; ++n) {
+        alignas(16) float four[4];
+        Sums512::four(acc[n], four);
+        _mm_mask_storeu_ps(scores + n * length + t, inside, _mm_mul_ps(factor, _mm_load_ps(four)));
+      }
     }
   }
 

@@ -105,37 +105,6 @@ struct Fp32Sums {
       }
   }
 
-  template <class T, int N>
-  static void row(const T* w, int64_t ahead, const float* x, int64_t stride, int64_t I, float* sums) {
-    constexpr int U = N == 1 ? 8 : N == 2 ? 4 : 2;  // sums in flight, to hide their latency
-    __m512 acc[N][U];
-    PUMICE_UNROLL
-    for (int n = 0; n < N; ++n)
-      PUMICE_UNROLL
-      for (int u = 0; u < U; ++u) acc[n][u] = _mm512_setzero_ps();
-    int64_t k = 0;
-    for (; k + 16 * U <= I; k += 16 * U)
-      PUMICE_UNROLL
-      for (int u = 0; u < U; ++u) {
-        _mm_prefetch((const char*)(w + k + u * 16 + ahead), _MM_HINT_T0);
-        const __m512 v = load16((__mmask16)0xffff, w + k + 16 * u);
-        PUMICE_UNROLL
-        for (int n = 0; n < N; ++n) acc[n][u] = _mm512_fmadd_ps(v, _mm512_loadu_ps(x + n * stride + k + 16 * u), acc[n][u]);
-      }
-    for (; k < I; k += 16) {
-      const __mmask16 inside = I - k >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << (I - k)) - 1);
-      const __m512 v = load16(inside, w + k);
-      PUMICE_UNROLL
-      for (int n = 0; n < N; ++n) acc[n][0] = _mm512_fmadd_ps(v, load16(inside, x + n * stride + k), acc[n][0]);
-    }
-    PUMICE_UNROLL
-    for (int n = 0; n < N; ++n) {
-      __m512 total = acc[n][0];
-      for (int u = 1; u < U; ++u) total = _mm512_add_ps(total, acc[n][u]);
-      sums[n] = _mm512_reduce_add_ps(total);
-    }
-  }
-
   template <class T, int M, int N>
   static void tile(const T* values, const int32_t* columns, int64_t begin, int64_t end, int64_t r, int64_t c,
                    int64_t ahead, const float* x, int64_t stride, float (*sums)[N]) {

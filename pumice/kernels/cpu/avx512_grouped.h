@@ -11,6 +11,7 @@ struct Sums512 {
   static constexpr int kM = 8, kN = 3, kDirectM = 4, kDirectN = 6, kWidth = 16, kV = 4, kR = 6;
 
   static Sum zero() { return _mm512_setzero_ps(); }
+  static Sum add(Sum a, Sum b) { return _mm512_add_ps(a, b); }
 
   // The sums of four registers' lanes, by adding pairs while transposing.
   static inline void four(const Sum* s, float* out) {

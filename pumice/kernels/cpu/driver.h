@@ -12,6 +12,14 @@ namespace {
 constexpr int64_t kOverread = 64;   // bytes that a vector load may read beyond the values it needs
 constexpr int64_t kAhead = 2048;    // bytes of values that are fetched ahead of their use, at least
 
+inline void fetch_line(const void* p) {
+#if defined(__GNUC__) || defined(__clang__)
+  __builtin_prefetch(p);
+#else
+  (void)p;
+#endif
+}
+
 // Elements to the next block that begins at least kAhead bytes later.
 template <class T>
 inline int64_t blocks_ahead(int64_t block) {
@@ -129,26 +137,58 @@ void block_product(const Matrix& w, int64_t begin, int64_t end, const Input& x, 
     }
 }
 
-// One row of a matrix stored whole times n <= N rows of x.
-template <class Isa, class T, int N>
-inline void row_up_to(int n, const Matrix& w, int64_t o, const Input& x, int64_t row, void* y) {
+// One row of a matrix stored whole times N rows of x. W and X load weights and x into registers of the same kind (see
+// grouped_tile.h), a few sums being in flight to hide their latency.
+template <class W, class X, int N>
+inline void dense_row(const typename W::T* w, const typename X::T* x, int64_t stride, int64_t I, float* sums) {
+  constexpr int U = N == 1 ? 8 : N == 2 ? 4 : 2;
+  constexpr int64_t L = W::kLanes, ahead = kAhead / (int64_t)sizeof(*w);
+  typename W::Sum acc[N][U];
+  PUMICE_UNROLL
+  for (int n = 0; n < N; ++n)
+    PUMICE_UNROLL
+    for (int u = 0; u < U; ++u) acc[n][u] = W::zero();
+  int64_t k = 0;
+  for (; k + L * U <= I; k += L * U)
+    PUMICE_UNROLL
+    for (int u = 0; u < U; ++u) {
+      fetch_line(w + k + L * u + ahead);
+      const typename W::Reg v = W::load(w + k + L * u);
+      PUMICE_UNROLL
+      for (int n = 0; n < N; ++n) acc[n][u] = W::fma(acc[n][u], v, X::load(x + n * stride + k + L * u));
+    }
+  for (; k < I; k += L) {
+    const typename W::Reg v = W::load(w + k, I - k);
+    PUMICE_UNROLL
+    for (int n = 0; n < N; ++n) acc[n][0] = W::fma(acc[n][0], v, X::load(x + n * stride + k, I - k));
+  }
+  PUMICE_UNROLL
+  for (int n = 0; n < N; ++n) {
+    PUMICE_UNROLL
+    for (int u = 1; u < U; ++u) acc[n][0] = W::add(acc[n][0], acc[n][u]);
+    W::template reduce<1>(acc[n], sums + n);
+  }
+}
+
+// The same with n <= N rows of x.
+template <class W, class X, int N>
+inline void dense_row_up_to(int n, const Matrix& w, int64_t o, const Input& x, int64_t row, void* y) {
   if constexpr (N > 0) {
-    if (n < N) return row_up_to<Isa, T, N - 1>(n, w, o, x, row, y);
-    typedef typename Isa::template X<T> X;
+    if (n < N) return dense_row_up_to<W, X, N - 1>(n, w, o, x, row, y);
+    typedef typename W::T T;
     float sums[N];
-    Isa::template row<T, N>((const T*)w.values + o * w.I, kAhead / (int64_t)sizeof(T), (const X*)x.data + row * x.stride,
-                            x.stride, w.I, sums);
+    dense_row<W, X, N>((const T*)w.values + o * w.I, (const typename X::T*)x.data + row * x.stride, x.stride, w.I, sums);
     store<T>(w, o, row, N, sums, y);
   }
 }
 
 // Row by row, as they lie in memory: several at once would load x less often, but read in as many places.
-template <class Isa, class T>
+template <class W, class X>
 void dense_product(const Matrix& w, int64_t begin, int64_t end, const Input& x, void* y, void*) {
   const int64_t step = pass_rows(x.rows, 4);
   for (int64_t o = begin; o < end; ++o)
     for (int64_t row = 0; row < x.rows; row += step)
-      row_up_to<Isa, T, 4>((int)(x.rows - row < step ? x.rows - row : step), w, o, x, row, y);
+      dense_row_up_to<W, X, 4>((int)(x.rows - row < step ? x.rows - row : step), w, o, x, row, y);
 }
 
 // T is an unsigned integer of the values' width.

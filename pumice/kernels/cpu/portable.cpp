@@ -51,21 +51,6 @@ struct Portable {
     for (int n = 0; n < N; ++n) sums[0][n] = (total[0][n] + total[1][n]) + (total[2][n] + total[3][n]);
   }
 
-  template <class T, int N>
-  static void row(const T* w, int64_t, const float* x, int64_t stride, int64_t I, float* sums) {
-    constexpr int64_t kSide = 16;  // sums side by side, for vectors
-    for (int n = 0; n < N; ++n) {
-      const float* xs = x + n * stride;
-      float side[kSide] = {}, total = 0;
-      int64_t k = 0;
-      for (; k + kSide <= I; k += kSide)
-        for (int64_t l = 0; l < kSide; ++l) side[l] += widen(w[k + l]) * xs[k + l];
-      for (; k < I; ++k) total += widen(w[k]) * xs[k];
-      for (int64_t l = 0; l < kSide; ++l) total += side[l];
-      sums[n] = total;
-    }
-  }
-
   template <class T, int M, int N>
   static void tile(const T* values, const int32_t* columns, int64_t begin, int64_t end, int64_t r, int64_t c,
                    int64_t, const float* x, int64_t stride, float (*sums)[N]) {
@@ -95,13 +80,15 @@ struct Coded : PlainCoded {
   using X4 = float;
 };
 
+struct Eight {
+  float v[8];
+};
+
 // Blocks times many rows of x, eight side by side.
 template <class Value>
 struct PlainBlocks {
   typedef Value T;
-  struct Reg {
-    float v[8];
-  };
+  typedef Eight Reg;
   static constexpr int64_t kLanes = 8, kTall = 32, kWidth = 32;
   static constexpr int64_t kMost = 4;
   static constexpr int64_t kColumns = 1, kWords = 1;
@@ -132,24 +119,11 @@ struct PlainBlocks {
   }
 };
 
-const Kernels table = {"portable",
-                       false,
-                       {dense_product<Portable, BF16>, dense_product<Portable, float>},
-                       {bitmask_product<Portable, BF16>, bitmask_product<Portable, float>},
-                       {block_product<Portable, BF16>, block_product<Portable, float>},
-                       expand_rows<Portable, uint16_t>,
-                       expand_rows<Portable, uint32_t>,
-                       {coded_product<Coded, BF16>, coded_product<Coded, float>},
-                       {coded_expand<BF16>, coded_expand<float>},
-                       {block_panels<PlainBlocks<BF16>>(), block_panels<PlainBlocks<float>>()}};
-
 // Grouped products: arrays of a vector's size, which compilers keep in vectors where they can.
 template <class Value>
 struct Floats {
   typedef Value T;
-  struct Reg {
-    float v[8];
-  };
+  typedef Eight Reg;
   typedef Reg Sum;
   static constexpr int64_t kLanes = 8, kStretch = 512;
   static constexpr int kM = 2, kN = 2, kDirectM = 2, kDirectN = 2, kWidth = 8, kStep = 1, kCross = 1, kV = 2, kR = 2;
@@ -160,6 +134,10 @@ struct Floats {
     Reg r = {};
     for (int i = 0; i < (n < 8 ? n : 8); ++i) r.v[i] = widen(p[i]);
     return r;
+  }
+  static Sum add(Sum a, const Sum& b) {
+    for (int i = 0; i < 8; ++i) a.v[i] += b.v[i];
+    return a;
   }
   static Sum fma(Sum s, Reg w, Reg x) {
     for (int i = 0; i < 8; ++i) s.v[i] += w.v[i] * x.v[i];
@@ -181,6 +159,17 @@ struct Floats {
     for (int i = 0; i < 8; ++i) out[i] = add ? out[i] + s.v[i] : s.v[i];
   }
 };
+
+const Kernels table = {"portable",
+                       false,
+                       {dense_product<Floats<BF16>, Floats<float>>, dense_product<Floats<float>, Floats<float>>},
+                       {bitmask_product<Portable, BF16>, bitmask_product<Portable, float>},
+                       {block_product<Portable, BF16>, block_product<Portable, float>},
+                       expand_rows<Portable, uint16_t>,
+                       expand_rows<Portable, uint32_t>,
+                       {coded_product<Coded, BF16>, coded_product<Coded, float>},
+                       {coded_expand<BF16>, coded_expand<float>},
+                       {block_panels<PlainBlocks<BF16>>(), block_panels<PlainBlocks<float>>()}};
 
 const StagePiece stages[] = {stage_columns<Floats<BF16>>, stage_columns<Floats<float>>};
 
