@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pumice.core import dispatch
+from pumice.core import dispatch, registry
 from pumice.core.dispatch import Call
 from pumice.weights.layouts.base import Packed, grid_of, possible, repack
 from pumice.weights.layouts.base import pack as pack_as
@@ -66,7 +66,7 @@ def _layouts(packed: Packed) -> list[Packed]:
     w, grid = unpack_matrix(packed), grid_of(packed)
     found = [pack_as(w, "dense")]
     own = [] if packed.layout == "dense" else [packed]
-    for name, params, size in possible(w, grid):
+    for name, params, size in possible(w, grid, memory=True):
         if name not in ("dense", packed.layout) and size < found[0].nbytes:
             own.append(repack(packed, name, **params))
     return found + own
@@ -83,6 +83,12 @@ def measure(packed: Packed, batch: Sequence[int], budget: int) -> Verdict:
         for candidate in candidates:
             call = Call("linear", candidate.layout, candidate.dtype, "cpu", rows, candidate.shape, candidate.params)
             for backend, reason in dispatch.candidates(call):
+                if (
+                    reason is None
+                    and backend.name == "unpack"
+                    and not registry.layout.get(candidate.layout).extras["storable"]
+                ):
+                    reason = "a form for memory is taken only where its own kernels run"
                 timing = Timing(candidate.layout, backend.name, rows, None, reason, dict(candidate.params))
                 timings.append(timing)
                 if reason is None:

@@ -19,6 +19,7 @@ from pumice.core.view import WeightView, module_views
 from pumice.engine import verdicts
 from pumice.engine.fuse import fuse, unfuse
 from pumice.engine.layer_timing import Timing, Verdict, measure
+from pumice.engine.pages import gather_weights
 from pumice.weights.grid import Coding, kept
 from pumice.weights.layouts.base import LayoutRefused, Packed, pack_smallest, repack
 from pumice.weights.layouts.base import pack as pack_as
@@ -89,7 +90,8 @@ def pack(
     Every layout that fits a layer's zeros is timed against the best dense backend on this machine, with the caller's
     thread count and weights out of cache, at the given batch sizes (rows: sequences × tokens of one forward pass).
     The layout with the best geometric mean wins, dense unless it is beaten by 3 %. `describe` tells what was chosen.
-    A decoder of a family that `fuse` knows then takes single tokens through all its layers in one call.
+    A decoder of a family that `fuse` knows then takes single tokens through all its layers in one call. On Linux the
+    weights are gathered into huge pages.
     What was measured on this machine before, for such a layer, is not measured again.
 
     Args:
@@ -125,6 +127,7 @@ def pack(
                 model = replace_module(model, name, new)
             shown.update()
     choices += _kept(model)
+    gather_weights(model)
     with suppress(PumiceError):  # of another family, or with a layer that no kernel for single tokens runs
         fuse(model)
     model.__dict__["_pumice_description"] = Description(choices, tuple(rows), torch.get_num_threads())

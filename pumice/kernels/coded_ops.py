@@ -16,7 +16,8 @@ from torch import Tensor
 
 from pumice.core import dispatch
 from pumice.kernels import reference
-from pumice.weights.layouts.base import Packed
+from pumice.weights.layouts.base import Packed, layout_named, unpack_bits
+from pumice.weights.layouts.lanes import Lanes
 
 
 def form_of(packed: Packed) -> str:
@@ -61,12 +62,17 @@ def scale_sums(
     if not group:
         return products.sum(1).to(scales.dtype)
     sums = products.unflatten(1, (-1, group)).sum(2).flatten()
-    if "bitmask" not in ones.tensors:
+    cls = layout_named(ones.layout)
+    lanes = None
+    if issubclass(cls, Lanes):
+        ones, lanes = cls.plain(ones)
+    if "bitmask" in ones.tensors:
+        sums = sums[unpack_bits(ones.tensors["bitmask"], ones.shape[1] // group).flatten()]
+    if lanes is None:
         return sums.to(scales.dtype)
-    from pumice.weights.layouts.base import unpack_bits
-
-    stored = unpack_bits(ones.tensors["bitmask"], ones.shape[1] // group).flatten()
-    return sums[stored].to(scales.dtype)
+    out = torch.zeros_like(scales)
+    out.view(-1)[lanes] = sums.to(scales.dtype)
+    return out
 
 
 @scale_sums.register_fake

@@ -247,9 +247,10 @@ def _buffer(rows: int, width: int, dtype: torch.dtype) -> Tensor:
     return buffers[dtype][: rows * width].view(rows, width)
 
 
-def panel(plan: Plan, bias: Tensor | None, granule: int = 1) -> Run:
-    """`run(x_RI) -> y_RO` that expands some output rows at a time and multiplies them densely."""
-    handle, dtype, expand, keep = plan.handle, plan.dtype, native.expand, plan
+def panel(plan: Planned, bias: Tensor | None, granule: int = 1, expand: Callable[..., None] | None = None) -> Run:
+    """`run(x_RI) -> y_RO` that expands some output rows at a time, a multiple of `granule`, and multiplies them densely."""
+    handle, dtype, keep = plan.handle, plan.dtype, plan
+    write: Callable[..., None] = native.expand if expand is None else expand
     outputs, inputs = plan.shape
     height = max(PANEL_BYTES // max(inputs * dtype.itemsize, 1), 64)
     height = min(-(-height // granule) * granule, outputs)
@@ -262,11 +263,11 @@ def panel(plan: Plan, bias: Tensor | None, granule: int = 1) -> Run:
         threads, w_PI = torch.get_num_threads(), _buffer(height, inputs, dtype)
         address = w_PI.data_ptr()
         if len(slices) == 1:
-            expand(handle, 0, outputs, address, threads)
+            write(handle, 0, outputs, address, threads)
             return F.linear(x_RI, w_PI, bias_O)
         y_RO = torch.empty((x_RI.shape[0], outputs), dtype=dtype)
         for begin, end in slices:
-            expand(handle, begin, end, address, threads)
+            write(handle, begin, end, address, threads)
             part_O = None if bias_O is None else bias_O[begin:end]
             y_RO[:, begin:end] = F.linear(x_RI, w_PI[: end - begin], part_O)
         return y_RO

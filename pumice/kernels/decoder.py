@@ -23,6 +23,7 @@ from pumice.core.errors import PumiceError
 from pumice.kernels import cpu_backend
 from pumice.kernels.cpu_backend import CODED, CODES, DECODE_GROUPS, PRODUCTS, RUN_AS, Plan, Planned
 from pumice.kernels.csr_cpu import TilePlan
+from pumice.kernels.lanes_cpu import LAYOUTS, LanePlan
 
 # Threads wait for each other at every step, so all pieces have to run at once, as a loop of OpenMP runs them; tasks in a queue
 # may not.
@@ -40,12 +41,14 @@ def plan_of(packed: Any, bias: Tensor | None) -> Planned:
     """
     if packed.layout == "csr":
         return TilePlan(packed, bias)
+    if packed.layout in LAYOUTS:
+        return LanePlan(packed, bias)
     group = packed.params.get("group", DECODE_GROUPS[0])
     if packed.layout not in MATRICES or group not in DECODE_GROUPS:
         groups = f" in groups of {group}" if "group" in packed.params else ""
         raise PumiceError(
             f"layout={packed.layout!r}{groups} has no C++ kernel for few rows: pack the layer as one of "
-            f"{', '.join((*MATRICES, 'csr'))} (groups of {' or '.join(map(str, DECODE_GROUPS))})."
+            f"{', '.join((*MATRICES, 'csr', *LAYOUTS))} (groups of {' or '.join(map(str, DECODE_GROUPS))})."
         )
     return Plan(packed, bias)
 

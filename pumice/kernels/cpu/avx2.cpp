@@ -131,7 +131,7 @@ struct Avx2 {
     for (int64_t b = begin; b < end; ++b) {
       const T* w = values + b * r * c;
       const float* xs = x + columns[b] * c;
-      if (ahead) fetch(w + ahead, r * c);
+      if (ahead) fetch_far(w + ahead, r * c);
       int64_t k = 0;
       for (; k + 8 <= c; k += 8)
         PUMICE_UNROLL

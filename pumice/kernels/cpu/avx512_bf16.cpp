@@ -1,4 +1,4 @@
-// Kernels for AVX-512 with VBMI2 and BF16 (Zen 4, Sapphire Rapids and later): 32 bf16 columns by vpexpandw, multiplied
+// Kernels for AVX-512 with VBMI2, VNNI and BF16 (Zen 4, Sapphire Rapids and later): 32 bf16 columns by vpexpandw, multiplied
 // in pairs by vdpbf16ps into fp32 sums. vpexpandw works on a loaded register; its form that reads memory is slow.
 #include "kernels.h"
 
@@ -8,9 +8,9 @@
 #include <immintrin.h>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512bf16,avx2,fma,popcnt,bmi,bmi2"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512vnni,avx512bf16,avx2,fma,popcnt,bmi,bmi2"))), apply_to = function)
 #elif defined(__GNUC__)
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512bf16,avx2,fma,popcnt,bmi,bmi2")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512vnni,avx512bf16,avx2,fma,popcnt,bmi,bmi2")
 #endif
 
 #include "driver.h"
@@ -20,6 +20,7 @@
 #include "avx512_grouped.h"
 #include "avx512_tiles.h"
 #include "avx512_blocks.h"
+#include "avx512_lanes.h"
 #include "decoder_pieces.h"
 
 namespace pumice {
@@ -118,7 +119,7 @@ struct Bf16Sums {
     for (int64_t b = begin; b < end; ++b) {
       const BF16* w = values + b * r * c;
       const BF16* xs = x + columns[b] * c;
-      if (ahead) fetch(w + ahead, r * c);
+      if (ahead) fetch_far(w + ahead, r * c);
       for (int64_t k = 0; k < c; k += 32) {
         const __mmask32 inside = c - k >= 32 ? (__mmask32)0xffffffff : (__mmask32)((1u << (c - k)) - 1);
         __m512bh v[N];
@@ -500,6 +501,7 @@ const Kernels* avx512_bf16_kernels() { return &table; }
 const StagePiece* avx512_bf16_stages() { return stages; }
 const TileKernels* avx512_bf16_tiles() { return &tiles; }
 const DecoderKernels* avx512_bf16_decoder() { return decoder_pieces; }
+const LaneKernels* avx512_bf16_lanes() { return &lane_kernels; }
 
 }  // namespace pumice
 
@@ -511,6 +513,7 @@ const DecoderKernels* avx512_bf16_decoder() { return decoder_pieces; }
 
 #include "decoder.h"
 #include "grouped.h"
+#include "lanes.h"
 #include "tiles.h"
 
 namespace pumice {
@@ -518,6 +521,7 @@ const Kernels* avx512_bf16_kernels() { return nullptr; }
 const StagePiece* avx512_bf16_stages() { return nullptr; }
 const TileKernels* avx512_bf16_tiles() { return nullptr; }
 const DecoderKernels* avx512_bf16_decoder() { return nullptr; }
+const LaneKernels* avx512_bf16_lanes() { return nullptr; }
 }  // namespace pumice
 
 #endif

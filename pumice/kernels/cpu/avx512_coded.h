@@ -35,7 +35,7 @@ struct CodedFp32 {
   static inline void plain(const int8_t* p, int64_t I, const float* x, int64_t stride, __m512 (*acc)[U]) {
     int64_t i = 0;
     for (; i + 16 * U <= I; i += 16 * U) {
-      _mm_prefetch((const char*)p + i + kAhead, _MM_HINT_T0);
+      fetch_far(p + i + kFarAhead);
       PUMICE_UNROLL
       for (int u = 0; u < U; ++u) {
         const __m512 v = floats(_mm_loadu_si128((const __m128i*)(p + i + 16 * u)));

@@ -116,7 +116,7 @@ struct Fp32Sums {
     for (int64_t b = begin; b < end; ++b) {
       const T* w = values + b * r * c;
       const float* xs = x + columns[b] * c;
-      if (ahead) fetch(w + ahead, r * c);
+      if (ahead) fetch_far(w + ahead, r * c);
       for (int64_t k = 0; k < c; k += 16) {
         const __mmask16 inside = c - k >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << (c - k)) - 1);
         __m512 v[N];

@@ -55,6 +55,7 @@ struct Walk {
   const Token& token;
   const Kernels& kernels;
   const TileKernels& tiles;
+  const LaneKernels* lanes;
   const DecoderKernels& pieces;
   Shared shared;
   int64_t count;  // of pieces
@@ -110,7 +111,9 @@ class Walker {
       const Linear& linear = layer.parts[part + k];
       if (linear.matrix)
         matrices[found] = linear.matrix, results[found++] = y[k];
-      else if (!run_tiles_share(*linear.tiles, w_.tiles, x, t_.rows, y[k], first_, last_, w_.count))
+      else if (linear.tiles ? !run_tiles_share(*linear.tiles, w_.tiles, x, t_.rows, y[k], first_, last_, w_.count)
+                            : !run_lanes_share(*linear.lanes, *w_.lanes, (const BF16*)x, t_.rows, (BF16*)y[k], first_, last_,
+                                                w_.count))
         fail();
     }
     if (ok() && found && !run_share(matrices, results, found, w_.kernels, x, t_.rows, first_, last_, w_.count)) fail();
@@ -179,15 +182,18 @@ void walk_pieces(int64_t first, int64_t last, void* context) { Walker(*(Walk*)co
 
 int64_t piece_count(const Decoder& d, const Token& token, int64_t threads) {
   int64_t bytes = 2 * token.rows * d.kv_heads * token.length * d.head * element_size(d.dtype);
-  for (const Linear& part : d.layers[0].parts)
-    bytes += part.matrix ? work_of(*part.matrix) : part.tiles->starts[chunk_count(*part.tiles) * tile_count(*part.tiles)] * 3;
+  for (const Linear& part : d.layers[0].parts) {
+    if (part.matrix) bytes += work_of(*part.matrix);
+    if (part.tiles) bytes += part.tiles->starts[chunk_count(*part.tiles) * tile_count(*part.tiles)] * 3;
+    if (part.lanes) bytes += work_of(*part.lanes);
+  }
   const int64_t pieces = bytes / kBytesPerThread < threads ? bytes / kBytesPerThread : threads;
   return pieces < 1 ? 1 : pieces;
 }
 
 }  // namespace
 
-bool decode(const Decoder& d, const Token& token, const Kernels& kernels, const TileKernels& tiles,
+bool decode(const Decoder& d, const Token& token, const Kernels& kernels, const TileKernels& tiles, const LaneKernels* lanes,
             const DecoderKernels& pieces, int64_t threads) {
   if (token.rows == 0) return true;
   const int64_t row = token.rows * element_size(d.dtype);
@@ -200,7 +206,7 @@ bool decode(const Decoder& d, const Token& token, const Kernels& kernels, const 
   const int64_t bytes[] = {queries, queries, keys, keys, inner, inner, inner, width};
   for (int k = 0; k < 8; room += bytes[k++]) *places[k] = room;
   const int64_t count = piece_count(d, token, threads);
-  Walk walk{d, token, kernels, tiles, pieces, shared, count, Barrier(count)};
+  Walk walk{d, token, kernels, tiles, lanes, pieces, shared, count, Barrier(count)};
   parallel(count, walk_pieces, &walk);
   return !walk.out_of_memory;
 }

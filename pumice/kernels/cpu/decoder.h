@@ -5,6 +5,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "lanes.h"
 #include "tiles.h"
 
 namespace pumice {
@@ -12,10 +13,11 @@ namespace pumice {
 constexpr int64_t kMostHead = 256;  // numbers of a head
 constexpr int64_t kHeadsAtOnce = 4;  // that share one pass over keys and values
 
-// One of the two is set.
+// One of them is set.
 struct Linear {
   const Matrix* matrix;
   const Tiles* tiles;
+  const Lanes* lanes;
 };
 
 enum Part { kQuery = 0, kKey = 1, kValue = 2, kOutput = 3, kGated = 4, kUp = 5, kDown = 6, kParts = 7 };
@@ -35,6 +37,7 @@ struct Decoder {
   const float* norm;  // [D], behind the last layer
   float eps, scale;   // scale: of scores
   int dtype;
+  bool needs_lanes;   // whether any matrix is in lanes
 };
 
 // Where a layer keeps its keys and values: sequence b, head h, token t at b * batch + h * head + t * D of a head.
@@ -80,6 +83,7 @@ const DecoderKernels* avx512_decoder();
 const DecoderKernels* avx512_bf16_decoder();
 
 // False when memory ran out.
-bool decode(const Decoder&, const Token&, const Kernels&, const TileKernels&, const DecoderKernels&, int64_t threads);
+bool decode(const Decoder&, const Token&, const Kernels&, const TileKernels&, const LaneKernels*, const DecoderKernels&,
+            int64_t threads);
 
 }  // namespace pumice

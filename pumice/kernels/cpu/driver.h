@@ -12,18 +12,28 @@ namespace {
 constexpr int64_t kOverread = 64;   // bytes that a vector load may read beyond the values it needs
 constexpr int64_t kAhead = 2048;    // bytes of values that are fetched ahead of their use, at least
 
-inline void fetch_line(const void* p) {
+constexpr int64_t kFarAhead = 4096;  // the same where every byte of a stored matrix is read in its order
+
+// Into the second cache: from memory more lines are under way to it at once than to the first, and what is read in order comes
+// on from there by itself.
+inline void fetch_far(const void* p) {
 #if defined(__GNUC__) || defined(__clang__)
-  __builtin_prefetch(p);
+  __builtin_prefetch(p, 0, 2);
 #else
   (void)p;
 #endif
 }
 
-// Elements to the next block that begins at least kAhead bytes later.
+// The same for n values.
+template <class T>
+inline void fetch_far(const T* p, int64_t n) {
+  for (int64_t byte = 0; byte < n * (int64_t)sizeof(T); byte += 64) fetch_far((const void*)((const char*)p + byte));
+}
+
+// Elements to the next block that begins at least kFarAhead bytes later.
 template <class T>
 inline int64_t blocks_ahead(int64_t block) {
-  const int64_t least = kAhead / (int64_t)sizeof(T);
+  const int64_t least = kFarAhead / (int64_t)sizeof(T);
   return (least + block - 1) / block * block;
 }
 
@@ -141,8 +151,8 @@ void block_product(const Matrix& w, int64_t begin, int64_t end, const Input& x, 
 // grouped_tile.h), a few sums being in flight to hide their latency.
 template <class W, class X, int N>
 inline void dense_row(const typename W::T* w, const typename X::T* x, int64_t stride, int64_t I, float* sums) {
-  constexpr int U = N == 1 ? 8 : N == 2 ? 4 : 2;
-  constexpr int64_t L = W::kLanes, ahead = kAhead / (int64_t)sizeof(*w);
+  constexpr int U = 2;  // more would leave a remainder behind rows of 576 columns, say, which takes as long as half of such a row
+  constexpr int64_t L = W::kLanes, ahead = kFarAhead / (int64_t)sizeof(*w);
   typename W::Sum acc[N][U];
   PUMICE_UNROLL
   for (int n = 0; n < N; ++n)
@@ -152,12 +162,17 @@ inline void dense_row(const typename W::T* w, const typename X::T* x, int64_t st
   for (; k + L * U <= I; k += L * U)
     PUMICE_UNROLL
     for (int u = 0; u < U; ++u) {
-      fetch_line(w + k + L * u + ahead);
+      fetch_far(w + k + L * u + ahead);
       const typename W::Reg v = W::load(w + k + L * u);
       PUMICE_UNROLL
       for (int n = 0; n < N; ++n) acc[n][u] = W::fma(acc[n][u], v, X::load(x + n * stride + k + L * u));
     }
-  for (; k < I; k += L) {
+  for (; k + L <= I; k += L) {
+    const typename W::Reg v = W::load(w + k);
+    PUMICE_UNROLL
+    for (int n = 0; n < N; ++n) acc[n][0] = W::fma(acc[n][0], v, X::load(x + n * stride + k));
+  }
+  if (k < I) {
     const typename W::Reg v = W::load(w + k, I - k);
     PUMICE_UNROLL
     for (int n = 0; n < N; ++n) acc[n][0] = W::fma(acc[n][0], v, X::load(x + n * stride + k, I - k));

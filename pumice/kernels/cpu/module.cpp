@@ -13,6 +13,7 @@
 #include "gram.h"
 #include "grouped.h"
 #include "kernels.h"
+#include "lanes.h"
 #include "linear.h"
 #include "nm.h"
 #include "threads.h"
@@ -25,6 +26,7 @@ const Kernels* active = nullptr;
 const StagePiece* active_stages = nullptr;
 const TileKernels* active_tiles = nullptr;
 const DecoderKernels* active_decoder = nullptr;
+const LaneKernels* active_lanes = nullptr;
 
 struct Choice {
   const char* name;
@@ -32,18 +34,21 @@ struct Choice {
   const StagePiece* (*stages)();
   const TileKernels* (*tiles)();
   const DecoderKernels* (*decoder)();
-  const char* needs[8];
+  const LaneKernels* (*lanes)();
+  const char* needs[9];
 };
+
+const LaneKernels* no_lanes() { return nullptr; }
 
 const Choice choices[] = {
     {"avx512_bf16",
-     avx512_bf16_kernels, avx512_bf16_stages, avx512_bf16_tiles, avx512_bf16_decoder,
-     {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vbmi2", "avx512_bf16", "bmi2", nullptr}},
+     avx512_bf16_kernels, avx512_bf16_stages, avx512_bf16_tiles, avx512_bf16_decoder, avx512_bf16_lanes,
+     {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vbmi2", "avx512_vnni", "avx512_bf16", "bmi2", nullptr}},
     {"avx512",
-     avx512_kernels, avx512_stages, avx512_tiles, avx512_decoder,
+     avx512_kernels, avx512_stages, avx512_tiles, avx512_decoder, no_lanes,
      {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "bmi2", nullptr}},
-    {"avx2", avx2_kernels, avx2_stages, avx2_tiles, avx2_decoder, {"avx2", "fma", "popcnt", "bmi2", nullptr}},
-    {"portable", portable_kernels, portable_stages, portable_tiles, portable_decoder, {nullptr}},
+    {"avx2", avx2_kernels, avx2_stages, avx2_tiles, avx2_decoder, no_lanes, {"avx2", "fma", "popcnt", "bmi2", nullptr}},
+    {"portable", portable_kernels, portable_stages, portable_tiles, portable_decoder, no_lanes, {nullptr}},
 };
 
 // Null, or the first feature that is missing; "code" where this build lacks the kernels.
@@ -56,6 +61,7 @@ const char* missing(const Choice& choice) {
 void take(const Choice& choice) {
   active = choice.kernels(), active_stages = choice.stages();
   active_tiles = choice.tiles(), active_decoder = choice.decoder();
+  active_lanes = choice.lanes();
 }
 
 // What a capsule is called, by what it holds.
@@ -68,6 +74,11 @@ struct Plan<Matrix> {
 template <>
 struct Plan<Tiles> {
   static constexpr const char* name = "pumice._native.tiles";
+};
+
+template <>
+struct Plan<Lanes> {
+  static constexpr const char* name = "pumice._native.lanes";
 };
 
 template <class Stored>
@@ -99,8 +110,8 @@ const T* address(long long value) {
 }
 
 template <class Stored>
-PyObject* plan_of(const Stored& w) {
-  if (w.O < 0 || w.I < 0 || w.dtype < 0 || w.dtype > kF16) {
+PyObject* plan_of(const Stored& w, int dtype) {
+  if (w.O < 0 || w.I < 0 || dtype < 0 || dtype > kF16) {
     PyErr_SetString(PyExc_ValueError, "negative size or unknown dtype");
     return nullptr;
   }
@@ -128,7 +139,7 @@ PyObject* plan_bitmask(PyObject*, PyObject* const* args, Py_ssize_t count) {
     PyErr_SetString(PyExc_ValueError, "the bitmask does not have as many bits set as there are values");
     return nullptr;
   }
-  return plan_of(w);
+  return plan_of(w, w.dtype);
 }
 
 // plan_dense(values, bias or 0, O, I, dtype) -> plan
@@ -138,7 +149,7 @@ PyObject* plan_dense(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Matrix w = {};
   w.values = address<void>(v[0]), w.bias = address<float>(v[1]), w.O = v[2], w.I = v[3], w.dtype = (int)v[4];
   w.count = w.O * w.I;
-  return plan_of(w);
+  return plan_of(w, w.dtype);
 }
 
 // plan_block(values, blocks, columns, row_starts, bias or 0, O, I, r, c, dtype) -> plan
@@ -162,7 +173,7 @@ PyObject* plan_block(PyObject*, PyObject* const* args, Py_ssize_t count) {
     PyErr_SetString(PyExc_ValueError, "columns or row_starts point outside of the matrix");
     return nullptr;
   }
-  return plan_of(w);
+  return plan_of(w, w.dtype);
 }
 
 // plan_coded(values, stored, mask or 0, row_starts or 0, scales, zeros or 0, bias or 0, O, I, group or 0, dtype) -> plan
@@ -186,7 +197,7 @@ PyObject* plan_coded(PyObject*, PyObject* const* args, Py_ssize_t count) {
     PyErr_SetString(PyExc_ValueError, "the positions do not match the stored integers");
     return nullptr;
   }
-  return plan_of(w);
+  return plan_of(w, w.dtype);
 }
 
 // run(plan, x, rows, y, threads): y [rows, O] = x [rows, I] times the matrix, and the bias
@@ -331,7 +342,7 @@ PyObject* plan_tiles(PyObject*, PyObject* const* args, Py_ssize_t count) {
   w.values = address<void>(v[0]), w.columns = address<uint8_t>(v[1]), w.order = address<uint8_t>(v[2]);
   w.steps = address<uint8_t>(v[3]), w.starts = address<int64_t>(v[4]), w.bias = address<float>(v[5]);
   w.O = v[6], w.I = v[7], w.height = v[8], w.dtype = (int)v[9];
-  return plan_of(w);
+  return plan_of(w, w.dtype);
 }
 
 // run_tiles(plan, x, rows, y, threads): y [rows, O] = x [rows, I] times the matrix, and the bias
@@ -346,6 +357,76 @@ PyObject* run_tiles_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!enough) return PyErr_NoMemory();
   Py_RETURN_NONE;
 }
+
+// plan_lanes(codes, stored, scales, groups or 0, order, steps, starts, sums, bias or 0, O, I, group, height) -> plan of bf16,
+// where `stored` steps are there
+PyObject* plan_lanes(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long v[13];
+  if (!integers(args, count, 13, v)) return nullptr;
+  Lanes w = {};
+  w.codes = address<uint8_t>(v[0]), w.scales = address<BF16>(v[2]), w.groups = address<uint8_t>(v[3]);
+  w.order = address<uint8_t>(v[4]), w.steps = address<uint8_t>(v[5]), w.starts = address<int64_t>(v[6]);
+  w.sums = address<float>(v[7]), w.bias = address<float>(v[8]);
+  w.O = v[9], w.I = v[10], w.group = v[11], w.height = v[12];
+  bool fits = w.O >= 0 && w.I >= 0 && (w.group == 16 || w.group == 32) && w.I % w.group == 0 && w.height >= kLaneRows &&
+              w.height <= kLaneChunk && w.height % kLaneRows == 0;
+  if (fits && !all_stored(w)) {
+    const int64_t tiles = lane_tiles(w), slices = w.height / kLaneRows, last = w.I / w.group - (tiles - 1) * kLaneGroups;
+    fits = w.starts[0] == 0;
+    for (int64_t at = 0; fits && at < lane_chunks(w) * tiles; ++at) {
+      int64_t steps = 0;
+      for (int64_t s = 0; s < slices; ++s) steps += w.steps[at * slices + s];
+      fits = w.starts[at + 1] - w.starts[at] == steps;
+      for (int64_t r = 0; r < w.height; ++r) fits = fits && w.order[at * w.height + r] < w.height;
+      if (at % tiles != tiles - 1 || last == kLaneGroups) continue;
+      for (int64_t k = w.starts[at] * 8; fits && k < w.starts[at + 1] * 8; ++k)
+        fits = (w.groups[k] & 15) < last && (w.groups[k] >> 4) < last;
+    }
+  }
+  if (!fits || steps_before(w, lane_chunks(w)) != v[1]) {
+    PyErr_SetString(PyExc_ValueError, "the steps do not match the matrix");
+    return nullptr;
+  }
+  return plan_of(w, kBF16);
+}
+
+const Lanes* lanes_of(PyObject* const* args, Py_ssize_t count) {
+  const Lanes* w = count ? (const Lanes*)PyCapsule_GetPointer(args[0], Plan<Lanes>::name) : nullptr;
+  if (!PyErr_Occurred() && !active_lanes) PyErr_SetString(PyExc_ValueError, "the kernels in use have no lanes");
+  return w;
+}
+
+// run_lanes(plan, x, rows, y, threads): y [rows, O] = x [rows, I] times the matrix, and the bias
+PyObject* run_lanes_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long v[4];
+  const Lanes* w = lanes_of(args, count);
+  if (PyErr_Occurred() || !integers(args + 1, count - 1, 4, v)) return nullptr;
+  bool enough;
+  Py_BEGIN_ALLOW_THREADS
+  enough = run_lanes(*w, *active_lanes, address<BF16>(v[0]), v[1], (BF16*)(intptr_t)v[2], v[3]);
+  Py_END_ALLOW_THREADS
+  if (!enough) return PyErr_NoMemory();
+  Py_RETURN_NONE;
+}
+
+// expand_lanes(plan, begin, end, out, threads): rows [begin, end) of the matrix, dense, to out [end - begin, I]; begin is a
+// multiple of the chunks' height, and end too or the last row
+PyObject* expand_lanes_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long v[4];
+  const Lanes* w = lanes_of(args, count);
+  if (PyErr_Occurred() || !integers(args + 1, count - 1, 4, v)) return nullptr;
+  if (v[0] < 0 || v[1] < v[0] || v[1] > w->O || v[0] % w->height || (v[1] % w->height && v[1] != w->O)) {
+    PyErr_SetString(PyExc_ValueError, "rows outside of the matrix, or parts of chunks");
+    return nullptr;
+  }
+  Py_BEGIN_ALLOW_THREADS
+  expand_lanes(*w, *active_lanes, v[0] / w->height, (v[1] + w->height - 1) / w->height, (BF16*)(intptr_t)v[2], v[3]);
+  Py_END_ALLOW_THREADS
+  Py_RETURN_NONE;
+}
+
+// has_lanes(): whether the kernels in use have any
+PyObject* has_lanes(PyObject*, PyObject*) { return PyBool_FromLong(active_lanes != nullptr); }
 
 void free_decoder(PyObject* capsule) {
   Decoder* d = (Decoder*)PyCapsule_GetPointer(capsule, Plan<Decoder>::name);
@@ -381,6 +462,10 @@ PyObject* plan_decoder(PyObject*, PyObject* const* args, Py_ssize_t count) {
       if (PyCapsule_IsValid(part, Plan<Tiles>::name)) {
         to.tiles = (const Tiles*)PyCapsule_GetPointer(part, Plan<Tiles>::name);
         fits = fits && to.tiles->O == outputs[k] && to.tiles->I == inputs[k] && to.tiles->dtype == made.dtype;
+      } else if (PyCapsule_IsValid(part, Plan<Lanes>::name)) {
+        made.needs_lanes = true;
+        to.lanes = (const Lanes*)PyCapsule_GetPointer(part, Plan<Lanes>::name);
+        fits = fits && to.lanes->O == outputs[k] && to.lanes->I == inputs[k] && made.dtype == kBF16;
       } else if (PyCapsule_IsValid(part, Plan<Matrix>::name)) {
         to.matrix = (const Matrix*)PyCapsule_GetPointer(part, Plan<Matrix>::name);
         fits = fits && to.matrix->O == outputs[k] && to.matrix->I == inputs[k] && to.matrix->dtype == made.dtype;
@@ -422,9 +507,13 @@ PyObject* decode_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
     PyErr_SetString(PyExc_ValueError, "a token has its place in a sequence of at least one");
     return nullptr;
   }
+  if (d->needs_lanes && !active_lanes) {
+    PyErr_SetString(PyExc_ValueError, "the kernels in use have no lanes");
+    return nullptr;
+  }
   bool enough;
   Py_BEGIN_ALLOW_THREADS
-  enough = decode(*d, token, *active, *active_tiles, active_decoder[d->dtype], v[10]);
+  enough = decode(*d, token, *active, *active_tiles, active_lanes, active_decoder[d->dtype], v[10]);
   Py_END_ALLOW_THREADS
   if (!enough) return PyErr_NoMemory();
   Py_RETURN_NONE;
@@ -557,6 +646,11 @@ PyMethodDef methods[] = {
     {"plan_tiles", fast(plan_tiles), METH_FASTCALL,
      "(values, columns, order, steps, starts, bias, O, I, height, dtype) -> plan"},
     {"run_tiles", fast(run_tiles_of), METH_FASTCALL, "(plan, x, rows, y, threads)"},
+    {"plan_lanes", fast(plan_lanes), METH_FASTCALL,
+     "(codes, stored, scales, groups, order, steps, starts, sums, bias, O, I, group, height) -> plan"},
+    {"run_lanes", fast(run_lanes_of), METH_FASTCALL, "(plan, x, rows, y, threads)"},
+    {"expand_lanes", fast(expand_lanes_of), METH_FASTCALL, "(plan, begin, end, out, threads), whole chunks"},
+    {"has_lanes", has_lanes, METH_NOARGS, "Whether the set of kernels in use has lanes."},
     {"plan_decoder", fast(plan_decoder), METH_FASTCALL,
      "(parts, norms, numbers, layers, D, F, heads, kv_heads, head, dtype) -> plan"},
     {"decode", fast(decode_of), METH_FASTCALL, "One token through all layers; see decode_of."},

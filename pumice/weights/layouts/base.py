@@ -177,6 +177,8 @@ class Layout:
     """Parameters that the conformance suite runs over."""
     coded: ClassVar[bool] = False
     """Whether it stores integers: then `refuse`, `candidates`, `stored_bytes` and `pack` also take their `grid`."""
+    zero_points: ClassVar[bool] = True
+    """Of a coded layout: whether it takes grids with zero points."""
 
     @staticmethod
     def numbers(packed: Packed) -> Tensor:
@@ -252,11 +254,14 @@ def _given(cls: type[Layout], grid: Grid | None, params: Mapping[str, int]) -> d
     return {**params, "grid": grid} if cls.coded else dict(params)
 
 
-def possible(w_OI: Tensor, grid: Grid | None = None) -> list[tuple[str, dict[str, int], int]]:
-    """Every storable layout that takes the matrix, with parameters worth trying and its bytes, dense among them."""
+def possible(w_OI: Tensor, grid: Grid | None = None, *, memory: bool = False) -> list[tuple[str, dict[str, int], int]]:
+    """Every layout that takes the matrix, with parameters worth trying and its bytes, dense among them.
+
+    With `memory` those too that are never written to files.
+    """
     found = []
     for info in registry.layout.members():
-        if not info.extras["storable"] or (info.obj.coded and grid is None):
+        if not (memory or info.extras["storable"]) or (info.obj.coded and grid is None):
             continue
         for params in info.obj.candidates(w_OI, **_given(info.obj, grid, {})):
             given = _given(info.obj, grid, params)
