@@ -23,7 +23,7 @@ def other(results: Results) -> str:
         kinds: dict[str, list[tuple[str, Results]]] = {}
         for key, entry in rows.items():
             method, _, kind = key.partition(" @ ")
-            if kind:
+            if kind and "refused" not in entry:
                 kinds.setdefault(kind, []).append((method, entry))
         dense = f", dense {rows['dense'][first]:.3f}" if "dense" in rows else ""
         for kind, found in kinds.items():
