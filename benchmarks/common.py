@@ -1,11 +1,18 @@
-"""What the benchmarks of quality share: their arguments, and a results file that is written after every row."""
+"""What benchmarks share: arguments, a results file that is written after every row, and copies of a layer to rotate."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from pumice.weights.layouts.base import Packed
+
+Key = TypeVar("Key")
 
 
 def arguments(doc: str | None, folders: str = "data/ and models/", redo: bool = True) -> argparse.ArgumentParser:
@@ -28,3 +35,51 @@ def write(path: Path, results: dict[str, Any], **facts: Any) -> None:
     """The results with what is to be said of them, such as the protocol."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({**results, **facts}, indent=1) + "\n")
+
+
+def in_turns(
+    control: Mapping[Key, Callable[[], Any]],
+    cases: Iterable[Callable[[], Mapping[Key, Callable[[], Any]]]],
+    rounds: int,
+    calls: int = 4,
+) -> dict[Key, list[float]]:
+    """Milliseconds a call of the control and of every case: `rounds` turns of `calls` calls for each.
+
+    A case is made, measured in turns with the control and dropped before the next one, so that memory holds the weights of one:
+    a virtual machine that fills up gets slow in ways that have nothing to do with any of them.
+    """
+    samples: dict[Key, list[float]] = {key: [] for key in control}
+    for case in cases:
+        runs = {**control, **case()}
+        for turn in range(rounds + 1):
+            for key, run in runs.items():
+                start = time.perf_counter()
+                for _ in range(calls):
+                    run()
+                if turn:
+                    samples.setdefault(key, []).append((time.perf_counter() - start) / calls * 1e3)
+    return samples
+
+
+def forms(packed: Packed) -> list[Packed]:
+    """A stored matrix, and its form for memory where there is one: what `pack` tries."""
+    from pumice.weights.layouts.base import grid_of, possible, repack, unpack
+
+    found = possible(unpack(packed), grid_of(packed), memory=True)
+    same = [(name, params) for name, params, _ in found if name == f"{packed.layout}-lanes"]
+    return [packed, *(repack(packed, name, **params) for name, params in same)]
+
+
+def copies(packed: Packed, count: int) -> list[Packed]:
+    """As many copies of a stored matrix, in huge pages as `pack` puts weights."""
+    from pumice.engine import pages
+    from pumice.weights.layouts.base import Packed
+
+    made = [
+        Packed(
+            packed.layout, packed.shape, packed.dtype, {n: t.clone() for n, t in packed.tensors.items()}, packed.params
+        )
+        for _ in range(count)
+    ]
+    pages.gather(tensor for one in made for tensor in one.tensors.values())
+    return made

@@ -7,8 +7,8 @@ SmolLM2-135M-Instruct. bf16 unless a row says otherwise. Every row decodes greed
 Rows: PyTorch eager; torch.compile with a static cache; OpenVINO in bf16 where it is installed; then through Pumice, where a
 token goes through all layers in one call (`pumice.fuse`): dense in bf16, int8 and int4, the controls, so that a better dense
 product or fewer calls are not sold as sparsity, and half of the weights zero. Rows take turns in one process, medians; `over` is
-against the fastest bf16 row that is not Pumice's, `over_control` against Pumice's dense bf16. Bytes are those of parameters and
-buffers.
+against the fastest bf16 row that is not Pumice's, `over_control` against Pumice's dense bf16. The weights of all rows through
+Pumice lie in huge pages, as `pack` puts them. Bytes are those of parameters and buffers.
 
     python benchmarks/decode.py                       # writes benchmarks/results/decode.json
     python benchmarks/decode.py --only tiny --quick   # a look, nothing is written
@@ -115,7 +115,7 @@ def rows(dense: nn.Module) -> dict[str, Callable[[], nn.Module]]:
     """How every model but the compiled one is made, one after the other, so that memory holds few copies."""
     int4 = {"name": "int4", "group": 16}
     return {
-        CONTROL: lambda: pumice.fuse(copy.deepcopy(dense)),
+        CONTROL: lambda: packed(copy.deepcopy(dense)),
         "dense int8, head int8": lambda: packed(copy.deepcopy(dense), "int8", "int8"),
         "dense int4 groups, head int8": lambda: packed(copy.deepcopy(dense), int4, "int8"),
         "50 % bf16": lambda: packed(halved(dense)),

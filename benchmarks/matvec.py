@@ -1,7 +1,7 @@
 """One linear layer, 4096 x 4096, weights out of cache: every sparse layout beside the best dense.
 
-Copies of each weight are rotated through 512 MiB, so that weights come from memory as in a real model. Layouts take
-turns in one run; medians. Dense is F.linear, oneDNN with its own weight order and, for few rows, Pumice's own kernel; ratios
+Copies of each weight are rotated through 512 MiB, so that weights come from memory as in a real model, and lie in huge pages
+as `pack` puts them (dense ones too; oneDNN's own copies do not). Each layout takes turns with dense; medians. Dense is F.linear, oneDNN with its own weight order and, for few rows, Pumice's own kernel; ratios
 are against the fastest of them in the same run.
 The cost of a call beyond its kernel is that of a layer with hardly any weights, less the bare kernel call.
 
@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 from torch import Tensor, nn
 
@@ -51,20 +52,8 @@ def cases(size: int, dtype: torch.dtype) -> dict[str, Packed]:
 
 
 def rotation(packed: Packed, backend: dispatch.Backend, x: Tensor, cold: int) -> Callable[[], None]:
-    copies = max(2, -(-cold // max(packed.nbytes, backend.extra(packed))))
-    runs = [
-        backend.prepare(
-            Packed(
-                packed.layout,
-                packed.shape,
-                packed.dtype,
-                {n: t.clone() for n, t in packed.tensors.items()},
-                packed.params,
-            ),
-            None,
-        )
-        for _ in range(copies)
-    ]
+    copies = common.copies(packed, max(2, -(-cold // max(packed.nbytes, backend.extra(packed)))))
+    runs = [backend.prepare(one, None) for one in copies]
     state = {"next": 0}
 
     def run() -> None:
@@ -76,23 +65,18 @@ def rotation(packed: Packed, backend: dispatch.Backend, x: Tensor, cold: int) ->
 
 def measure(rows: int, layers: dict[str, Packed], rounds: int, cold: int) -> dict[str, dict[str, float]]:
     """Median milliseconds by case and backend."""
-    runs: dict[tuple[str, str], Callable[[], None]] = {}
-    for name, packed in layers.items():
+
+    def ways(name: str) -> dict[tuple[str, str], Callable[[], None]]:
+        packed = layers[name]
         x = torch.randn(rows, packed.shape[1]).to(packed.dtype)
         call = Call("linear", packed.layout, packed.dtype, "cpu", rows, packed.shape, packed.params)
-        for backend, reason in dispatch.candidates(call):
-            if reason is None and backend.name not in SKIPPED:
-                runs[name, backend.name] = rotation(packed, backend, x, cold)
-    samples: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
-    for _ in range(rounds):
-        for key, run in runs.items():
-            start = time.perf_counter()
-            for _ in range(4):
-                run()
-            samples[key].append((time.perf_counter() - start) / 4 * 1e3)
+        wanted = [b for b, reason in dispatch.candidates(call) if reason is None and b.name not in SKIPPED]
+        return {(name, backend.name): rotation(packed, backend, x, cold) for backend in wanted}
+
+    sparse = [lambda name=name: ways(name) for name in layers if name != "dense"]
     found: dict[str, dict[str, float]] = {}
-    for (name, backend), values in samples.items():
-        found.setdefault(name, {})[backend] = round(statistics.median(values[1:] or values), 4)
+    for (name, backend), values in common.in_turns(ways("dense"), sparse, rounds).items():
+        found.setdefault(name, {})[backend] = round(statistics.median(values), 4)
     return found
 
 
@@ -138,7 +122,7 @@ def main() -> None:
     for threads in map(int, args.threads.split(",")):
         torch.set_num_threads(threads)
         for rows in map(int, args.rows.split(",")):
-            times = measure(rows, layers, 3 if args.quick else 15, cold)
+            times = measure(rows, layers, 2 if args.quick else 15, cold)
             dense = min(times["dense"].values())
             for name, found in times.items():
                 best = min(found, key=lambda backend: found[backend])
@@ -155,8 +139,11 @@ def main() -> None:
     print("microseconds:", overhead)
     if not args.quick:
         content = {"what": __doc__, "size": args.size, "dtype": "bfloat16", "machine": machine_stamp()}
-        if args.match:
-            new = {(line["threads"], line["rows"], line["case"]): line for line in results if line["case"] != "dense"}
+        whole = args.rows == parser.get_default("rows") and args.threads == parser.get_default("threads")
+        if args.match or not whole:
+            new = {(line["threads"], line["rows"], line["case"]): line for line in results}
+            if args.match:
+                new = {key: line for key, line in new.items() if line["case"] != "dense"}
             before = json.loads(RESULTS.read_text())["results"]
             results = [new.pop((line["threads"], line["rows"], line["case"]), line) for line in before] + [
                 *new.values()

@@ -433,10 +433,10 @@ def int4_llama(options: Options) -> tuple[Run, Options]:
 
 
 def int4_pumice(options: Options) -> tuple[Run, Options]:
-    """One matrix in the layout that is asked for, in whichever backend is fastest."""
-    import copy
-
+    """One matrix in the layout that is asked for, or its form for memory, in whichever backend is fastest."""
     torch = _torch(options)
+    import common
+
     from pumice.core import dispatch, registry
     from pumice.core.dispatch import Call
     from pumice.weights.layouts.base import pack
@@ -449,18 +449,19 @@ def int4_pumice(options: Options) -> tuple[Run, Options]:
         packed = pack(grid.snap(weights).bfloat16(), layout, grid=grid, group=group)
     else:
         packed = pack(weights.bfloat16(), layout)
-    asked = Call("linear", layout, packed.dtype, "cpu", 1, packed.shape, packed.params)
-    backends = {b.name: b for b, reason in dispatch.candidates(asked) if reason is None and b.name != "unpack"}
-    many, tried = copies(packed.nbytes, COLD_BYTES_INT4), {}
-    for name, backend in backends.items():
-        runs = [backend.prepare(copy.deepcopy(packed), None) for _ in range(2 if len(backends) > 1 else many)]
-        tried[name] = [lambda run=run: run(x) for run in runs]
-    best = fastest({name: calls[0] for name, calls in tried.items()})
-    calls = tried[best]
-    more = [backends[best].prepare(copy.deepcopy(packed), None) for _ in range(many - len(calls))]
-    calls += [lambda run=run: run(x) for run in more]
+    ways = {}
+    for form in common.forms(packed):
+        asked = Call("linear", form.layout, form.dtype, "cpu", 1, form.shape, form.params)
+        for backend, reason in dispatch.candidates(asked):
+            if reason is None and backend.name != "unpack":
+                ways[f"{form.layout} ({backend.name})"] = form, backend
+    first = {name: backend.prepare(form, None) for name, (form, backend) in ways.items()}
+    best = fastest({name: lambda run=run: run(x) for name, run in first.items()})
+    form, backend = ways[best]
+    held = common.copies(form, copies(form.nbytes, COLD_BYTES_INT4))
+    calls = [lambda run=run: run(x) for run in (backend.prepare(one, None) for one in held)]
     _seen(calls[0]().float(), options)
-    return timed(calls), {"ran": f"{layout} ({best})", "bytes": packed.nbytes, "bits": round(packed.bits, 3)}
+    return timed(calls), {"ran": best, "bytes": packed.nbytes, "bits": round(packed.bits, 3)}
 
 
 # Decoding

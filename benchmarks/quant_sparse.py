@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import statistics
@@ -31,6 +32,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 import torch.nn.functional as F
 from prune_quality import bf16_matmul
@@ -281,46 +283,50 @@ def torch_int8(size: int) -> Callable[[Tensor], Tensor]:
         return torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, dtype=torch.qint8)
 
 
+def rotated(runs: list[Callable[[Tensor], Tensor]], x: Tensor) -> Callable[[], Tensor]:
+    """A call that takes another copy of the layer each time."""
+    turn = itertools.cycle(runs)
+    return lambda: next(turn)(x)
+
+
 def speed(results: dict[str, Any], redo: bool, wanted: list[int], size: int, cold: int) -> None:
     before = results.get("speed", {}).get("rows", [])
     wanted = [threads for threads in wanted if redo or all(row["threads"] != threads for row in before)]
     if not wanted:
         return
     torch.manual_seed(0)
-    layers = cases(size)
+    layers, x = cases(size), torch.randn(1, size)
     rows: list[dict[str, Any]] = [row for row in before if row["threads"] not in wanted]
     for threads in wanted:
         torch.set_num_threads(threads)
-        x = torch.randn(1, size)
-        runs: dict[tuple[str, str], list[Callable[[Tensor], Tensor]]] = {}
-        for name, packed in layers.items():
-            call = Call("linear", packed.layout, packed.dtype, "cpu", 1, packed.shape, packed.params)
-            for backend, reason in dispatch.candidates(call):
-                if reason is None and backend.name not in ("unpack", "panel"):
-                    copies = max(2, -(-cold // packed.nbytes))
-                    runs[name, backend.name] = [backend.prepare(copy.deepcopy(packed), None) for _ in range(copies)]
-        runs["int8, PyTorch dynamic", "torch.ao"] = [torch_int8(size) for _ in range(max(2, -(-cold // size**2)))]
-        samples: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
-        turn = 0
-        for _ in range(25):
-            for key, copies in runs.items():
-                given = x if key[1] == "torch.ao" else x.bfloat16()
-                start = time.perf_counter()
-                for _ in range(4):
-                    turn += 1
-                    copies[turn % len(copies)](given)
-                samples[key].append((time.perf_counter() - start) / 4 * 1e3)
-        times = {key: statistics.median(values[1:]) for key, values in samples.items()}
-        dense = min(t for (name, _), t in times.items() if name == "dense bf16")
+
+        def ways(name: str) -> dict[tuple[str, str], Callable[[], Tensor]]:
+            found: dict[tuple[str, str], Callable[[], Tensor]] = {}
+            for form in common.forms(layers[name]):
+                call = Call("linear", form.layout, form.dtype, "cpu", 1, form.shape, form.params)
+                for backend, reason in dispatch.candidates(call):
+                    if reason is None and backend.name not in ("unpack", "panel"):
+                        held = common.copies(form, max(2, -(-cold // form.nbytes)))
+                        found[name, backend.name] = rotated([backend.prepare(one, None) for one in held], x.bfloat16())
+            return found
+
+        def theirs() -> dict[tuple[str, str], Callable[[], Tensor]]:
+            held = [torch_int8(size) for _ in range(max(2, -(-cold // size**2)))]
+            return {("int8, PyTorch dynamic", "torch.ao"): rotated(held, x)}
+
+        dense, *others = layers
+        samples = common.in_turns(ways(dense), [*(lambda name=name: ways(name) for name in others), theirs], 25)
+        times = {key: statistics.median(values) for key, values in samples.items()}
+        fastest = min(t for (name, _), t in times.items() if name == dense)
         for (name, backend), ms in times.items():
             line: dict[str, Any] = {"threads": threads, "case": name, "backend": backend, "ms": round(ms, 4)}
             line["fastest_ms"] = round(min(samples[name, backend]), 4)
-            line |= {"of_best_dense": round(dense / ms, 2)}
+            line |= {"of_best_dense": round(fastest / ms, 2)}
             if name in layers:
                 line["bits_per_weight"] = round(layers[name].bits, 3)
             rows.append(line)
             print(line, flush=True)
-    peers = "llama.cpp's q4_0 is not among the rows: nobody has tried to install it"
+    peers = "llama.cpp's q4_0 is in peers.json"
     load = round(os.getloadavg()[0], 1)
     results["speed"] = {"size": size, "rows": rows, "peers": peers, "load": load, "machine": machine_stamp()}
     write(results, "speed")
