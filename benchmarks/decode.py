@@ -206,10 +206,10 @@ def _installed(name: str) -> bool:
 
 
 def measure(dense: nn.Module, tokens: int, rounds: int, match: str) -> dict[str, Any]:
-    """Milliseconds a token of every row, in turns; of Pumice's rows those whose name contains `match`."""
+    """Milliseconds a token of every row, in turns; of Pumice's rows those whose name contains one of the texts in `match`, between commas."""
     models = {"eager": dense}
     for name, make in rows(dense).items():
-        if match not in name:
+        if not any(text in name for text in match.split(",")):
             continue
         models[name] = make()
         print("made", name, f"{model_bytes(models[name]) / 1e6:.0f} MB", flush=True)
@@ -249,7 +249,7 @@ def measure(dense: nn.Module, tokens: int, rounds: int, match: str) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="models whose name contains this")
-    parser.add_argument("--match", default="", help="rows through Pumice whose name contains this")
+    parser.add_argument("--match", default="", help="rows through Pumice whose name contains one of these (a,b)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--tokens", type=int, default=24, help="tokens of one turn")
     parser.add_argument("--rounds", type=int, default=5)

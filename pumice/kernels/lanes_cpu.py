@@ -17,6 +17,7 @@ from pumice.core.dispatch import Backend, Call, Run, limits, register
 from pumice.core.errors import PumiceError
 from pumice.kernels import cpu_backend
 from pumice.kernels.cpu_backend import streamed
+from pumice.kernels.derived import derived
 from pumice.weights.layouts.base import Packed
 from pumice.weights.layouts.lanes import ROWS, Places
 
@@ -38,6 +39,17 @@ def row_sums(packed: Packed) -> Tensor:
     return sums.new_zeros(chunks * height).index_add_(0, made.rows().flatten(), sums.flatten())[:outputs].float()
 
 
+def _starts_and_sums(packed: Packed) -> tuple[Tensor | None, Tensor]:
+    """First step of each tile (None where all groups are stored), int64 [C·T + 1], and the rows' sums."""
+    stored, starts = packed.tensors, None
+    if "order" in stored:
+        starts = Places(stored["order"], stored["steps"]).starts()[:: stored["steps"].shape[2]].contiguous()
+    counts = {len(stored[name]) for name in ("codes", "scales", "groups") if name in stored}
+    if len(counts) != 1 or (starts is not None and counts != {int(starts[-1])}):
+        raise ValueError(f"its tensors have {sorted(counts)} steps")
+    return starts, row_sums(packed)
+
+
 class LanePlan:
     """A matrix in lanes as the kernels take it, and what they point into."""
 
@@ -46,23 +58,17 @@ class LanePlan:
         reason = cpu_backend.missing() or (None if packed.dtype is torch.bfloat16 else "it is for bfloat16 only")
         if reason is not None:
             raise PumiceError(f"layout={packed.layout!r} in {packed.dtype} has no C++ kernel here: {reason}.")
+        sources = list(packed.tensors.values())
         stored = {name: tensor.detach().contiguous() for name, tensor in packed.tensors.items()}
         bias_O = None if bias is None else bias.detach().to(torch.float32).contiguous()
-        codes, scales = stored["codes"], stored["scales"]
-        order, steps, groups, starts = (stored.get(name) for name in ("order", "steps", "groups", "starts"))
-        height = ROWS
-        if order is not None and steps is not None:
-            starts = Places(order, steps).starts()[:: steps.shape[2]].contiguous()
-            height = order.shape[2]
+        self.shape, self.dtype = packed.shape, packed.dtype
+        self.height = stored["order"].shape[2] if "order" in stored else ROWS
         try:
-            counts = {len(stored[name]) for name in ("codes", "scales", "groups") if name in stored}
-            if len(counts) != 1 or (starts is not None and counts != {int(starts[-1])}):
-                raise ValueError(f"its tensors have {sorted(counts)} steps")
-            sums = row_sums(packed)
-            self.shape, self.dtype, self.height = packed.shape, packed.dtype, height
+            starts, sums = derived(sources, lambda: _starts_and_sums(packed))
             self.keep = (stored, starts, sums, bias_O)
-            where = [0 if t is None else t.data_ptr() for t in (scales, groups, order, steps, starts, sums, bias_O)]
-            sizes = (*packed.shape, packed.params["group"], height)
+            tensors = [stored.get(name) for name in ("scales", "groups", "order", "steps")]
+            where = [0 if t is None else t.data_ptr() for t in (*tensors, starts, sums, bias_O)]
+            codes, sizes = stored["codes"], (*packed.shape, packed.params["group"], self.height)
             self.handle = native.plan_lanes(codes.data_ptr(), codes.shape[0], *where, *sizes)
         except ValueError as error:
             raise PumiceError(f"layout={packed.layout!r} of shape {packed.shape} is damaged: {error}.") from None
