@@ -58,6 +58,7 @@ def in_turns(
                     run()
                 if turn:
                     samples.setdefault(key, []).append((time.perf_counter() - start) / calls * 1e3)
+        del runs, run
     return samples
 
 

@@ -75,7 +75,7 @@ def measure(rows: int, layers: dict[str, Packed], rounds: int, cold: int) -> dic
 
     sparse = [lambda name=name: ways(name) for name in layers if name != "dense"]
     found: dict[str, dict[str, float]] = {}
-    for (name, backend), values in common.in_turns(ways("dense"), sparse, rounds).items():
+    for (name, backend), values in common.in_turns(ways("dense"), sparse or [dict], rounds).items():
         found.setdefault(name, {})[backend] = round(statistics.median(values), 4)
     return found
 

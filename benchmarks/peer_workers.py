@@ -461,7 +461,7 @@ def int4_pumice(options: Options) -> tuple[Run, Options]:
     held = common.copies(form, copies(form.nbytes, COLD_BYTES_INT4))
     calls = [lambda run=run: run(x) for run in (backend.prepare(one, None) for one in held)]
     _seen(calls[0]().float(), options)
-    return timed(calls), {"ran": best, "bytes": packed.nbytes, "bits": round(packed.bits, 3)}
+    return timed(calls), {"ran": best, "bytes": form.nbytes, "bits": round(form.bits, 3)}
 
 
 # Decoding

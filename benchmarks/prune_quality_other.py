@@ -139,6 +139,7 @@ def run(name: str, shared: Path, results: dict[str, Any], redo: bool, match: str
         except PumiceError as error:
             table[key] = {"refused": str(error), "machine": machine_stamp()}
             print(name, key, "refused", flush=True)
+            common.write(RESULTS, results, protocol=__doc__)
             continue
         seconds = time.perf_counter() - start
         errors = [layer.error for layer in pruned.layers if layer.error is not None]

@@ -296,6 +296,7 @@ def speed(results: dict[str, Any], redo: bool, wanted: list[int], size: int, col
         return
     torch.manual_seed(0)
     layers, x = cases(size), torch.randn(1, size)
+    bits: dict[tuple[str, str], float] = {}
     rows: list[dict[str, Any]] = [row for row in before if row["threads"] not in wanted]
     for threads in wanted:
         torch.set_num_threads(threads)
@@ -306,6 +307,7 @@ def speed(results: dict[str, Any], redo: bool, wanted: list[int], size: int, col
                 call = Call("linear", form.layout, form.dtype, "cpu", 1, form.shape, form.params)
                 for backend, reason in dispatch.candidates(call):
                     if reason is None and backend.name not in ("unpack", "panel"):
+                        bits[name, backend.name] = round(form.bits, 3)
                         held = common.copies(form, max(2, -(-cold // form.nbytes)))
                         found[name, backend.name] = rotated([backend.prepare(one, None) for one in held], x.bfloat16())
             return found
@@ -322,8 +324,8 @@ def speed(results: dict[str, Any], redo: bool, wanted: list[int], size: int, col
             line: dict[str, Any] = {"threads": threads, "case": name, "backend": backend, "ms": round(ms, 4)}
             line["fastest_ms"] = round(min(samples[name, backend]), 4)
             line |= {"of_best_dense": round(fastest / ms, 2)}
-            if name in layers:
-                line["bits_per_weight"] = round(layers[name].bits, 3)
+            if (name, backend) in bits:
+                line["bits_per_weight"] = bits[name, backend]
             rows.append(line)
             print(line, flush=True)
     peers = "llama.cpp's q4_0 is in peers.json"

@@ -133,30 +133,34 @@ def demo() -> str:
     )
 
 
+DENSE = {
+    "torch": "dense, `F.linear`",
+    "onednn": "dense, oneDNN's own weight order",
+    "decode": "dense, Pumice's kernel for few rows",
+}
+"""Backend of the dense layer -> what a table calls it."""
+
+
 def speed() -> str:
     """One layer at a few row counts, each case at its best backend, beside the best dense."""
     results = read("matvec.json")
     rows_of = sorted({line["rows"] for line in results["results"]})
     threads = sorted({line["threads"] for line in results["results"]})
-    rows = []
-    for name in dict.fromkeys(line["case"] for line in results["results"]):
-        cells = []
-        for thread in threads:
-            for count in rows_of:
-                line = next(
-                    one
-                    for one in results["results"]
-                    if (one["case"], one["rows"], one["threads"]) == (name, count, thread)
-                )
-                ms = min(line["ms"].values())
-                cells.append(f"{ms:.2f} ms" if name == "dense" else f"{line['speedup']:.2f}×")
-        rows.append([name, *cells])
+    lines = {(line["case"], (line["threads"], line["rows"])): line for line in results["results"]}
+    columns = [(thread, count) for thread in threads for count in rows_of]
+    best = {column: min(lines["dense", column]["ms"].values()) for column in columns}
+    rows = [["fastest dense", *(f"{ms:.2f} ms" for ms in best.values())]]
+    for backend, called in DENSE.items():
+        times = [(ms, lines["dense", column]["ms"].get(backend)) for column, ms in best.items()]
+        rows.append([called, *(f"{ms / own:.2f}×" if own else "" for ms, own in times)])
+    for name in dict.fromkeys(line["case"] for line in results["results"] if line["case"] != "dense"):
+        rows.append([name, *(f"{lines[name, column]['speedup']:.2f}×" for column in columns)])
     head = [f"{t} thread{'s' if t > 1 else ''}, {r} row{'s' if r > 1 else ''}" for t in threads for r in rows_of]
     cost = results["call_overhead_us"]
     stamp = results["machine"]
     return (
         f"{table(['4096 × 4096, bf16, weights cold', *head], rows)}\n\n"
-        f"Against the fastest dense: `F.linear`, oneDNN with its own weight order, or Pumice's own for few rows (`benchmarks/matvec.py`; {stamp['cpu']}, "
+        f"Against the fastest dense of the three; each case was timed in turns with them (`benchmarks/matvec.py`; {stamp['cpu']}, "
         f"{stamp['kernels_in_use']}). A sparse layer's call costs {cost['2-D: layer beyond kernel']} µs beyond its kernel for "
         f"2-D inputs and {cost['3-D: layer beyond kernel']} µs for 3-D ones; a whole call of a tiny `nn.Linear` costs "
         f"{cost['nn.Linear call']} µs."

@@ -19,7 +19,7 @@ from pumice.core.errors import PumiceError
 from pumice.engine.files import check_file
 from pumice.engine.store import check_version
 from pumice.engine.writer import FORMAT_VERSION, join, restore_entry, weights_of
-from pumice.weights.layouts.base import Packed, shape_text, validate
+from pumice.weights.layouts.base import Packed, layout_named, shape_text, validate
 from pumice.weights.modules import SparseModule, densify, reads_weight, replace_module, sparse_twin
 from pumice.weights.wrapped import Substitute, wrap_around
 
@@ -167,16 +167,23 @@ class PumiceHfQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
         """Called by save_pretrained before it writes the config, which has to describe the model as it is now."""
-        layers = {}
+        layers, state = {}, None
         wrapped = {name: m.describe() for name, m in model.named_modules() if isinstance(m, Substitute)}
         for name, module in model.named_modules():
             if isinstance(module, SparseModule):
+                held = module.packed
+                stored = layout_named(held.layout).for_files(held)
+                if stored is not held:
+                    state = model.state_dict() if state is None else state
+                    for tensor in held.tensors:
+                        del state[join(name, tensor)]
+                    state |= {join(name, key): tensor for key, tensor in stored.tensors.items()}
                 for weight in weights_of(name, module):
-                    layers[name] = weight.describe(module.packed)
+                    layers[name] = weight.describe(stored)
         changed = structure.describe(model)
         config = PumiceConfig(layers=layers, wrapped=wrapped, metadata=self.stored.metadata, structure=changed)
         self.quantization_config = model.config.quantization_config = config
-        return None, {}
+        return state, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True

@@ -61,13 +61,23 @@ class Verdict:
         )
 
 
+def _ways(call: Call) -> list[tuple[dispatch.Backend, str | None]]:
+    """Backends and the reasons why they would not run; a form for memory only is not there to be unpacked."""
+    found = dispatch.candidates(call)
+    if registry.layout.get(call.layout).extras["storable"]:
+        return found
+    return [(backend, reason) for backend, reason in found if backend.name != "unpack"]
+
+
 def _layouts(packed: Packed) -> list[Packed]:
     """The matrix dense, as it is stored, and in every layout that fits its zeros (and its grid) and is smaller than dense."""
     w, grid = unpack_matrix(packed), grid_of(packed)
     found = [pack_as(w, "dense")]
     own = [] if packed.layout == "dense" else [packed]
     for name, params, size in possible(w, grid, memory=True):
-        if name not in ("dense", packed.layout) and size < found[0].nbytes:
+        call = Call("linear", name, packed.dtype, "cpu", 1, packed.shape, params)
+        runs = any(reason is None for _, reason in _ways(call))
+        if runs and name not in ("dense", packed.layout) and size < found[0].nbytes:
             own.append(repack(packed, name, **params))
     return found + own
 
@@ -82,13 +92,7 @@ def measure(packed: Packed, batch: Sequence[int], budget: int) -> Verdict:
         x = torch.randn(rows, packed.shape[1]).to(packed.dtype)
         for candidate in candidates:
             call = Call("linear", candidate.layout, candidate.dtype, "cpu", rows, candidate.shape, candidate.params)
-            for backend, reason in dispatch.candidates(call):
-                if (
-                    reason is None
-                    and backend.name == "unpack"
-                    and not registry.layout.get(candidate.layout).extras["storable"]
-                ):
-                    reason = "a form for memory is taken only where its own kernels run"
+            for backend, reason in _ways(call):
                 timing = Timing(candidate.layout, backend.name, rows, None, reason, dict(candidate.params))
                 timings.append(timing)
                 if reason is None:

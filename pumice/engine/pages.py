@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from pumice.weights.sparse_module import SparseModule
@@ -36,7 +37,13 @@ def page_size() -> int | None:
 def ranges(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
     """Begin and end of the memory of tensors on the CPU, those of neighbours as one, ascending."""
     found: list[tuple[int, int]] = []
-    places = sorted({(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors if t.is_cpu})
+    places = sorted(
+        {
+            (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size())
+            for t in tensors
+            if t.is_cpu and t.layout is torch.strided
+        }
+    )
     for begin, end in places:
         if begin == end:
             continue
@@ -52,17 +59,17 @@ def gather(tensors: Iterable[Tensor]) -> int:
     size = page_size()
     if size is None:
         return 0
-    madvise, gathered = ctypes.CDLL(None).madvise, 0
+    madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    for begin, end in ranges(tensors):
-        # A page at its edge belongs to others too, who lose nothing; one that is not all there is refused by the system.
-        for page in range(begin // size * size, end, size):
-            gathered += size if madvise(page, size, MADV_COLLAPSE) == 0 else 0
-    return gathered
+    # A page at an edge belongs to others too, who lose nothing; one that is not all there is refused by the system. What is
+    # much smaller than a page is not worth one.
+    wanted = [(begin, end) for begin, end in ranges(tensors) if 2 * (end - begin) >= size]
+    pages = {page for begin, end in wanted for page in range(begin // size * size, end, size)}
+    return size * sum(madvise(page, size, MADV_COLLAPSE) == 0 for page in sorted(pages))
 
 
 def gather_weights(model: nn.Module) -> int:
-    """The same for everything that a model's layers read at each call."""
+    """The same for everything that a model stores; not for what kernels make of it when they are bound."""
     parameters = [parameter.detach() for parameter in model.parameters()]
     buffers = [buffer for module in model.modules() if isinstance(module, SparseModule) for buffer in module.buffers()]
     return gather([*parameters, *buffers])

@@ -21,6 +21,7 @@ from pumice.kernels import cpu_backend
 from pumice.kernels.cpu_backend import CODES, PRODUCTS, streamed
 from pumice.kernels.derived import derived
 from pumice.weights.layouts.base import Packed
+from pumice.weights.layouts.lanes import chunk_height
 
 TILE, SLICE = 256, 16
 
@@ -40,11 +41,6 @@ class Tiles(NamedTuple):
         return sum(t.numel() * t.element_size() for t in self if isinstance(t, Tensor))
 
 
-def _height(outputs: int) -> int:
-    """Rows to a chunk: many waste little, but every thread wants some chunks."""
-    return 128 if outputs >= 1024 else 64 if outputs >= 256 else 32
-
-
 def tiles_of(packed: Packed) -> Tiles:
     """A CSR matrix in tiles, kept while its values live and are unchanged.
 
@@ -60,7 +56,7 @@ def _tiles(packed: Packed, values: Tensor, columns: Tensor, row_starts: Tensor) 
     outputs, inputs = packed.shape
     if values.numel() != columns.numel() or row_starts.shape != (outputs + 1,):
         raise ValueError(f"{values.numel()} values and {columns.numel()} columns in {row_starts.numel() - 1} rows")
-    height, native = _height(outputs), cpu_backend.native
+    height, native = chunk_height(outputs), cpu_backend.native
     groups = -(-outputs // height) * -(-inputs // TILE)
     order = torch.empty(groups, height, dtype=torch.uint8)
     steps = torch.empty(groups, height // SLICE, dtype=torch.uint8)

@@ -1,7 +1,8 @@
 """Four-bit integers in lanes (`weights/layouts/lanes.py`) on CPUs with products of bytes in fours (AVX-512 VNNI).
 
 x is rounded to sixteen bits, with a unit for each of its rows: the largest error is a part in 65534 of the row's largest
-magnitude, less than that of bf16 unless one number is a few hundred times as large as most. Its upper and lower bytes are
+magnitude, less than that of bf16 unless one number is a few hundred times as large as most, and rows below 1e-30 count as
+zero. Its upper and lower bytes are
 multiplied with the integers exactly. A row of x with NaN or infinity gives NaN everywhere.
 Legend: R rows of x, O outputs, I inputs.
 """
@@ -19,9 +20,9 @@ from pumice.kernels import cpu_backend
 from pumice.kernels.cpu_backend import streamed
 from pumice.kernels.derived import derived
 from pumice.weights.layouts.base import Packed
-from pumice.weights.layouts.lanes import ROWS, Places
+from pumice.weights.layouts.lanes import ROWS, Lanes, Places, SparseLanes
 
-LAYOUTS = ("int4-lanes", "int4-bitmask-lanes")
+LAYOUTS = {"int4-lanes": Lanes, "int4-bitmask-lanes": SparseLanes}
 MOST_ROWS = 16
 
 
@@ -33,7 +34,7 @@ def row_sums(packed: Packed) -> Tensor:
     levels = ((codes & 15) ^ 8).to(torch.int16) + ((codes >> 4) ^ 8).to(torch.int16) - 16
     sums = levels.view(-1, group // 8, ROWS, 4).sum((1, 3)) * scales
     if packed.layout == "int4-lanes":
-        return sums.view(-(-outputs // ROWS), -1, ROWS).sum(1).flatten()[:outputs].float()
+        return sums.view(-(-outputs // ROWS), packed.shape[1] // group, ROWS).sum(1).flatten()[:outputs].float()
     made = Places(packed.tensors["order"], packed.tensors["steps"])
     chunks, _, height = made.order.shape
     return sums.new_zeros(chunks * height).index_add_(0, made.rows().flatten(), sums.flatten())[:outputs].float()
@@ -44,9 +45,6 @@ def _starts_and_sums(packed: Packed) -> tuple[Tensor | None, Tensor]:
     stored, starts = packed.tensors, None
     if "order" in stored:
         starts = Places(stored["order"], stored["steps"]).starts()[:: stored["steps"].shape[2]].contiguous()
-    counts = {len(stored[name]) for name in ("codes", "scales", "groups") if name in stored}
-    if len(counts) != 1 or (starts is not None and counts != {int(starts[-1])}):
-        raise ValueError(f"its tensors have {sorted(counts)} steps")
     return starts, row_sums(packed)
 
 
@@ -55,16 +53,22 @@ class LanePlan:
 
     def __init__(self, packed: Packed, bias: Tensor | None) -> None:
         native: Any = cpu_backend.native
-        reason = cpu_backend.missing() or (None if packed.dtype is torch.bfloat16 else "it is for bfloat16 only")
+        reason = lacking() or (None if packed.dtype is torch.bfloat16 else "it is for bfloat16 only")
         if reason is not None:
             raise PumiceError(f"layout={packed.layout!r} in {packed.dtype} has no C++ kernel here: {reason}.")
+        wrong = LAYOUTS[packed.layout].misshapen(packed)
+        if wrong is not None:
+            raise PumiceError(f"layout={packed.layout!r} of shape {packed.shape} is damaged: {wrong}.")
         sources = list(packed.tensors.values())
         stored = {name: tensor.detach().contiguous() for name, tensor in packed.tensors.items()}
+        stored["scales"] = stored["scales"].to(torch.bfloat16)
         bias_O = None if bias is None else bias.detach().to(torch.float32).contiguous()
         self.shape, self.dtype = packed.shape, packed.dtype
         self.height = stored["order"].shape[2] if "order" in stored else ROWS
         try:
-            starts, sums = derived(sources, lambda: _starts_and_sums(packed))
+            shape, starts, sums = derived(sources, lambda: (packed.shape, *_starts_and_sums(packed)))
+            if shape != packed.shape:  # the same tensors under another shape: nothing of theirs is kept
+                starts, sums = _starts_and_sums(packed)
             self.keep = (stored, starts, sums, bias_O)
             tensors = [stored.get(name) for name in ("scales", "groups", "order", "steps")]
             where = [0 if t is None else t.data_ptr() for t in (*tensors, starts, sums, bias_O)]
@@ -74,11 +78,16 @@ class LanePlan:
             raise PumiceError(f"layout={packed.layout!r} of shape {packed.shape} is damaged: {error}.") from None
 
 
-def _refuse(call: Call) -> str | None:
-    reason = limits(call, devices=("cpu",), dtypes=(torch.bfloat16,)) or cpu_backend.missing()
+def lacking() -> str | None:
+    """Why the kernels in use have no lanes, or None."""
+    reason = cpu_backend.missing()
     if reason is None and not cpu_backend.native.has_lanes():
         return f"the kernels in use ({cpu_backend.native.current()}) have no products of bytes in fours (AVX-512 VNNI)"
     return reason
+
+
+def _refuse(call: Call) -> str | None:
+    return limits(call, devices=("cpu",), dtypes=(torch.bfloat16,)) or lacking()
 
 
 def _refuse_few(call: Call) -> str | None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pumice.core import dispatch
+from pumice.core import dispatch, registry
 from pumice.core.errors import PumiceError
 from pumice.weights.layouts import base
 from pumice.weights.layouts.base import Packed
@@ -199,6 +199,9 @@ class SparseModule(nn.Module):
         name = next((name for limit, name in self.plan if limit is None or rows <= limit), self.plan[-1][1])
         backend = dispatch.get("linear", self.layout, name)
         reason = backend.refuse(call)
+        if reason is not None and not registry.layout.get(self.layout).extras["storable"]:
+            # In another type, or on another CPU, a form for memory still has to run.
+            return dispatch.choose(call)
         if reason is not None:
             raise PumiceError(
                 f"backend {name!r} of the layer's plan refuses {rows} rows ({reason}): pack the model again."

@@ -118,7 +118,7 @@ void some_lanes(const Lanes& w, int64_t begin, int64_t end, const LaneInput& x, 
   constexpr int K = Step::kWords;
   const int64_t tiles = lane_tiles(w), slices = w.height / kLaneRows, stride = lane_input_bytes(w);
   for (int64_t chunk = begin; chunk < end; ++chunk) {
-    alignas(64) float sums[N][kLaneChunk] = {};
+    alignas(64) float sums[N][256] = {};  // whatever a byte of the order says stays inside
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t at = chunk * tiles + t;
       const uint8_t *codes = w.codes + w.starts[at] * 8 * C, *which = w.groups + w.starts[at] * 8;
@@ -219,7 +219,7 @@ void lanes_expand(const Lanes& w, int64_t begin, int64_t end, BF16* to) {
         for (int64_t l = 0; l < rows; ++l) expand_group(w, chunk * groups + g, l, out + l * w.I + g * w.group);
       continue;
     }
-    memset(out, 0, (size_t)(rows * w.I) * sizeof(BF16));
+    if (rows > 0 && w.I > 0) memset(out, 0, (size_t)(rows * w.I) * sizeof(BF16));
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t at = chunk * tiles + t;
       int64_t step = w.starts[at];

@@ -124,7 +124,7 @@ void panel_product(const Matrix& w, int64_t begin, int64_t end, const Panel& x, 
         const int64_t br = at / w.r, i = at % w.r, end_of_row = w.block_starts[br + 1];
         m = w.r - i < stop - at ? w.r - i : stop - at;
         // The first pass over a row of blocks fetches all of it; the others find it in cache.
-        Stretch part = {w.block_starts[br], 0, i, i == 0 && row == 0 ? blocks_ahead<T>(w.r * w.c) : 0, false};
+        Stretch part = {w.block_starts[br], 0, i, i == 0 && row == 0 ? blocks_ahead<T>(w.r * w.c, kAhead) : 0, false};
         do {
           part.end = end_of_row - part.begin < stretch ? end_of_row : part.begin + stretch;
           walk_rows<Isa>(w, part, m, words, lanes, x.width, sums + (at - o) * x.width);

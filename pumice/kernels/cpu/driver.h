@@ -30,10 +30,10 @@ inline void fetch_far(const T* p, int64_t n) {
   for (int64_t byte = 0; byte < n * (int64_t)sizeof(T); byte += 64) fetch_far((const void*)((const char*)p + byte));
 }
 
-// Elements to the next block that begins at least kFarAhead bytes later.
+// Elements to the next block that begins at least so many bytes later.
 template <class T>
-inline int64_t blocks_ahead(int64_t block) {
-  const int64_t least = kFarAhead / (int64_t)sizeof(T);
+inline int64_t blocks_ahead(int64_t block, int64_t bytes) {
+  const int64_t least = bytes / (int64_t)sizeof(T);
   return (least + block - 1) / block * block;
 }
 
@@ -113,7 +113,7 @@ inline void tile_up_to(int n, const Matrix& w, int64_t br, int64_t i, const Inpu
     float sums[M][N];
     const T* values = (const T*)w.values + i * w.c;
     // The first pass over a row of blocks fetches all of it; the others find it in cache.
-    const int64_t ahead = i == 0 && row == 0 ? blocks_ahead<T>(w.r * w.c) : 0;
+    const int64_t ahead = i == 0 && row == 0 ? blocks_ahead<T>(w.r * w.c, kFarAhead) : 0;
     Isa::template tile<T, M, N>(values, w.columns, w.block_starts[br], w.block_starts[br + 1], w.r, w.c, ahead,
                                 (const X*)x.data + row * x.stride, x.stride, sums);
     for (int k = 0; k < M; ++k) store<T>(w, br * w.r + i + k, row, N, sums[k], y);
@@ -151,7 +151,7 @@ void block_product(const Matrix& w, int64_t begin, int64_t end, const Input& x, 
 // grouped_tile.h), a few sums being in flight to hide their latency.
 template <class W, class X, int N>
 inline void dense_row(const typename W::T* w, const typename X::T* x, int64_t stride, int64_t I, float* sums) {
-  constexpr int U = 2;  // more would leave a remainder behind rows of 576 columns, say, which takes as long as half of such a row
+  constexpr int U = 2;  // more would leave a remainder behind rows of 576 columns, say, which took a quarter of their time
   constexpr int64_t L = W::kLanes, ahead = kFarAhead / (int64_t)sizeof(*w);
   typename W::Sum acc[N][U];
   PUMICE_UNROLL

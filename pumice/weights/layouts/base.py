@@ -190,6 +190,11 @@ class Layout:
         """The grid of the stored integers; None where numbers are stored as they are."""
         return None
 
+    @classmethod
+    def for_files(cls, packed: Packed) -> Packed:
+        """The matrix as files hold it: as it is, or of a layout for memory the one that it stands for."""
+        return packed
+
     @staticmethod
     def refuse(w_OI: Tensor, **params: int) -> str | None:
         """Why this matrix cannot be stored with these parameters, or None."""

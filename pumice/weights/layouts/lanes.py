@@ -159,11 +159,17 @@ class Lanes(Layout):
         return Packed(name, packed.shape, packed.dtype, tensors, {"group": group}), lanes
 
     @classmethod
+    def for_files(cls, packed: Packed) -> Packed:
+        return cls.plain(packed)[0]
+
+    @classmethod
     def unpack(cls, packed: Packed) -> Tensor:
         return cls._plain().unpack(cls.plain(packed)[0])
 
     @classmethod
     def numbers(cls, packed: Packed) -> Tensor:
+        if packed.tensors["codes"].is_meta:  # places follow from what is stored
+            return packed.tensors["codes"].new_empty(packed.tensors["scales"].numel(), packed.params["group"])
         return cls._plain().numbers(cls.plain(packed)[0])
 
     @classmethod
@@ -171,7 +177,8 @@ class Lanes(Layout):
         return cls._plain().grid(cls.plain(packed)[0])
 
     @classmethod
-    def fault(cls, packed: Packed) -> str | None:
+    def misshapen(cls, packed: Packed) -> str | None:
+        """Which tensor is missing or of another shape than the matrix asks for, or None."""
         (o, i), group = packed.shape, packed.params.get("group", 0)
         if group not in (16, 32) or i % group:
             return f"groups of {group} do not fit the width {i}"
@@ -186,7 +193,16 @@ class Lanes(Layout):
             expected["order"] = ((*tiles, height), (torch.uint8,))
             expected["steps"] = ((*tiles, height // ROWS), (torch.uint8,))
             expected["groups"] = ((None, ROWS // 2), (torch.uint8,))
-        wrong = shape_fault(packed, expected) or (cls._misplaced(packed) if cls.sparse else None)
+        wrong = shape_fault(packed, expected)
+        if wrong is None and cls.sparse:
+            total = int(packed.tensors["steps"].sum(dtype=torch.int64))
+            if {len(packed.tensors[name]) for name in ("codes", "scales", "groups")} != {total}:
+                return "its steps do not match what is stored"
+        return wrong
+
+    @classmethod
+    def fault(cls, packed: Packed) -> str | None:
+        wrong = cls.misshapen(packed) or (cls._misplaced(packed) if cls.sparse else None)
         if wrong is None and not bool(torch.isfinite(packed.tensors["scales"]).all()):
             return "a scale is NaN or infinite"
         return wrong
@@ -194,12 +210,9 @@ class Lanes(Layout):
     @classmethod
     def _misplaced(cls, packed: Packed) -> str | None:
         (o, i), tensors = packed.shape, packed.tensors
-        made, counts = Places(tensors["order"], tensors["steps"]), {len(tensors[name]) for name in ("codes", "scales")}
-        if counts | {len(tensors["groups"])} != {int(made.steps.sum(dtype=torch.int64))}:
-            return "its steps do not match what is stored"
-        if not torch.equal(
-            made.order.sort(-1).values.long(), torch.arange(made.order.shape[-1]).expand(made.order.shape)
-        ):
+        made = Places(tensors["order"], tensors["steps"])
+        every = torch.arange(made.order.shape[-1], device=packed.device)
+        if bool((made.order.sort(-1).values != every).any()):
             return "its order names a row twice"
         group = packed.params["group"]
         halves, stored = tensors["groups"], tensors["codes"].view(-1, group // 8, ROWS, 4).amax((1, 3)) > 0
@@ -207,6 +220,10 @@ class Lanes(Layout):
         rows = made.rows()
         if bool((column >= max(1, i // group)).any()) or bool((rows[stored] >= o).any()):
             return "it has groups outside of the matrix"
+        if bool((made.steps[..., 1:] > made.steps[..., :-1]).any()):
+            return "its rows do not stand in the order of their groups"
+        if bool(tensors["scales"][~stored].any()):
+            return "it has a scale where no group is"
         place = (rows * (i // group) + column)[stored]
         return None if place.unique().numel() == place.numel() else "it has a group twice"
 
