@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pumice.weights.layouts.base import Packed
 
 Key = TypeVar("Key")
@@ -42,24 +45,32 @@ def in_turns(
     cases: Iterable[Callable[[], Mapping[Key, Callable[[], Any]]]],
     rounds: int,
     calls: int = 4,
-) -> dict[Key, list[float]]:
-    """Milliseconds a call of the control and of every case: `rounds` turns of `calls` calls for each.
+) -> list[dict[Key, list[float]]]:
+    """Milliseconds a call of every case and of the control in its turns: `rounds` turns of `calls` calls for each.
 
     A case is made, measured in turns with the control and dropped before the next one, so that memory holds the weights of one:
-    a virtual machine that fills up gets slow in ways that have nothing to do with any of them.
+    a virtual machine that fills up gets slow in ways that have nothing to do with any of them. Each has the control's times
+    of its own turns, since what else runs on the machine changes from minute to minute.
     """
-    samples: dict[Key, list[float]] = {key: [] for key in control}
-    for case in cases:
-        runs = {**control, **case()}
+
+    def one(runs: Mapping[Key, Callable[[], Any]]) -> dict[Key, list[float]]:
+        samples: dict[Key, list[float]] = {key: [] for key in runs}
         for turn in range(rounds + 1):
             for key, run in runs.items():
                 start = time.perf_counter()
                 for _ in range(calls):
                     run()
                 if turn:
-                    samples.setdefault(key, []).append((time.perf_counter() - start) / calls * 1e3)
-        del runs, run
-    return samples
+                    samples[key].append((time.perf_counter() - start) / calls * 1e3)
+        return samples
+
+    return [one({**control, **case()}) for case in cases]
+
+
+def rotated(runs: Iterable[Callable[[Tensor], Tensor]], x: Tensor) -> Callable[[], Tensor]:
+    """A call that takes another copy of a layer each time, so that its weights come from memory."""
+    turn = itertools.cycle(list(runs))
+    return lambda: next(turn)(x)
 
 
 def forms(packed: Packed) -> list[Packed]:

@@ -1,8 +1,9 @@
 """One linear layer, 4096 x 4096, weights out of cache: every sparse layout beside the best dense.
 
 Copies of each weight are rotated through 512 MiB, so that weights come from memory as in a real model, and lie in huge pages
-as `pack` puts them (dense ones too; oneDNN's own copies do not). Each layout takes turns with dense; medians. Dense is F.linear, oneDNN with its own weight order and, for few rows, Pumice's own kernel; ratios
-are against the fastest of them in the same run.
+as `pack` puts them (dense ones too; oneDNN's own copies do not). Each layout takes turns with dense; medians. Dense is F.linear,
+oneDNN with its own weight order and, for few rows, Pumice's own kernel; ratios are against the fastest of them in the same
+turns.
 The cost of a call beyond its kernel is that of a layer with hardly any weights, less the bare kernel call.
 
     python benchmarks/matvec.py                       # writes benchmarks/results/matvec.json
@@ -51,33 +52,35 @@ def cases(size: int, dtype: torch.dtype) -> dict[str, Packed]:
     return made
 
 
-def rotation(packed: Packed, backend: dispatch.Backend, x: Tensor, cold: int) -> Callable[[], None]:
+def rotation(packed: Packed, backend: dispatch.Backend, x: Tensor, cold: int) -> Callable[[], Tensor]:
     copies = common.copies(packed, max(2, -(-cold // max(packed.nbytes, backend.extra(packed)))))
-    runs = [backend.prepare(one, None) for one in copies]
-    state = {"next": 0}
-
-    def run() -> None:
-        state["next"] = (state["next"] + 1) % len(runs)
-        runs[state["next"]](x)
-
-    return run
+    return common.rotated([backend.prepare(one, None) for one in copies], x)
 
 
-def measure(rows: int, layers: dict[str, Packed], rounds: int, cold: int) -> dict[str, dict[str, float]]:
-    """Median milliseconds by case and backend."""
+Times = dict[str, float]
 
-    def ways(name: str) -> dict[tuple[str, str], Callable[[], None]]:
+
+def measure(rows: int, layers: dict[str, Packed], rounds: int, cold: int) -> dict[str, tuple[Times, Times]]:
+    """Median milliseconds by backend of every case, and of dense in the same turns."""
+
+    def ways(name: str) -> dict[tuple[str, str], Callable[[], Tensor]]:
         packed = layers[name]
         x = torch.randn(rows, packed.shape[1]).to(packed.dtype)
         call = Call("linear", packed.layout, packed.dtype, "cpu", rows, packed.shape, packed.params)
         wanted = [b for b, reason in dispatch.candidates(call) if reason is None and b.name not in SKIPPED]
         return {(name, backend.name): rotation(packed, backend, x, cold) for backend in wanted}
 
-    sparse = [lambda name=name: ways(name) for name in layers if name != "dense"]
-    found: dict[str, dict[str, float]] = {}
-    for (name, backend), values in common.in_turns(ways("dense"), sparse or [dict], rounds).items():
-        found.setdefault(name, {})[backend] = round(statistics.median(values), 4)
-    return found
+    def medians(samples: dict[tuple[str, str], list[float]], wanted: str) -> Times:
+        return {b: round(statistics.median(values), 4) for (name, b), values in samples.items() if name == wanted}
+
+    names = [name for name in layers if name != "dense"]
+    turns = common.in_turns(ways("dense"), [lambda name=name: ways(name) for name in names] or [dict], rounds)
+    pooled = {key: [ms for samples in turns for ms in samples[key]] for key in turns[0] if key[0] == "dense"}
+    dense = medians(pooled, "dense")
+    found = {
+        name: (medians(samples, name), medians(samples, "dense")) for name, samples in zip(names, turns, strict=False)
+    }
+    return {"dense": (dense, dense), **found}
 
 
 def call_overhead(dtype: torch.dtype) -> dict[str, float]:
@@ -123,14 +126,14 @@ def main() -> None:
         torch.set_num_threads(threads)
         for rows in map(int, args.rows.split(",")):
             times = measure(rows, layers, 2 if args.quick else 15, cold)
-            dense = min(times["dense"].values())
-            for name, found in times.items():
+            for name, (found, beside) in times.items():
+                dense = min(beside.values())
                 best = min(found, key=lambda backend: found[backend])
                 line = {"threads": threads, "rows": rows, "case": name, "ms": found, "best": best}
                 # What the backend keeps beside the stored matrix: weights in another order, positions in another form.
-                beside = dispatch.get("linear", layers[name].layout, best).extra(layers[name])
-                sizes = {"bytes": layers[name].nbytes, "bytes_beside": beside}
-                results.append({**line, "speedup": round(dense / found[best], 2), **sizes})
+                extra = dispatch.get("linear", layers[name].layout, best).extra(layers[name])
+                sizes = {"bytes": layers[name].nbytes, "bytes_beside": extra}
+                results.append({**line, "dense_ms": dense, "speedup": round(dense / found[best], 2), **sizes})
                 print(
                     f"{threads} threads, {rows:3d} rows, {name:24s} {best:8s} {found[best]:8.3f} ms  {dense / found[best]:5.2f}x"
                 )

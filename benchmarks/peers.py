@@ -323,7 +323,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=180, help="time for the turns of one table")
     parser.add_argument("--patience", type=float, default=3, help="seconds that a turn waits for a quiet machine")
     parser.add_argument("--match", default="", help="rows whose name contains this")
-    parser.add_argument("--remeasure", action="store_true", help="let pack time all layouts again")
+    parser.add_argument("--remeasure", action="store_true", help="let pack time all layouts of mlp again")
     parser.add_argument("--openvino-python", help="an interpreter with openvino and, for decode, optimum-intel")
     parser.add_argument("--deepsparse-python", help="an interpreter with deepsparse 1.8")
     parser.add_argument("--llama", help="a folder with libllama, libggml and its kernels")

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import json
 import os
 import statistics
@@ -283,12 +282,6 @@ def torch_int8(size: int) -> Callable[[Tensor], Tensor]:
         return torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, dtype=torch.qint8)
 
 
-def rotated(runs: list[Callable[[Tensor], Tensor]], x: Tensor) -> Callable[[], Tensor]:
-    """A call that takes another copy of the layer each time."""
-    turn = itertools.cycle(runs)
-    return lambda: next(turn)(x)
-
-
 def speed(results: dict[str, Any], redo: bool, wanted: list[int], size: int, cold: int) -> None:
     before = results.get("speed", {}).get("rows", [])
     wanted = [threads for threads in wanted if redo or all(row["threads"] != threads for row in before)]
@@ -309,25 +302,30 @@ def speed(results: dict[str, Any], redo: bool, wanted: list[int], size: int, col
                     if reason is None and backend.name not in ("unpack", "panel"):
                         bits[name, backend.name] = round(form.bits, 3)
                         held = common.copies(form, max(2, -(-cold // form.nbytes)))
-                        found[name, backend.name] = rotated([backend.prepare(one, None) for one in held], x.bfloat16())
+                        found[name, backend.name] = common.rotated(
+                            [backend.prepare(one, None) for one in held], x.bfloat16()
+                        )
             return found
 
         def theirs() -> dict[tuple[str, str], Callable[[], Tensor]]:
             held = [torch_int8(size) for _ in range(max(2, -(-cold // size**2)))]
-            return {("int8, PyTorch dynamic", "torch.ao"): rotated(held, x)}
+            return {("int8, PyTorch dynamic", "torch.ao"): common.rotated(held, x)}
 
         dense, *others = layers
-        samples = common.in_turns(ways(dense), [*(lambda name=name: ways(name) for name in others), theirs], 25)
-        times = {key: statistics.median(values) for key, values in samples.items()}
-        fastest = min(t for (name, _), t in times.items() if name == dense)
-        for (name, backend), ms in times.items():
-            line: dict[str, Any] = {"threads": threads, "case": name, "backend": backend, "ms": round(ms, 4)}
-            line["fastest_ms"] = round(min(samples[name, backend]), 4)
-            line |= {"of_best_dense": round(fastest / ms, 2)}
-            if (name, backend) in bits:
-                line["bits_per_weight"] = bits[name, backend]
-            rows.append(line)
-            print(line, flush=True)
+        turns = common.in_turns(ways(dense), [*(lambda name=name: ways(name) for name in others), theirs], 25)
+        pooled = {key: [ms for samples in turns for ms in samples[key]] for key in turns[0] if key[0] == dense}
+        for samples in [pooled, *turns]:
+            medians = {key: statistics.median(values) for key, values in samples.items()}
+            beside = min(ms for (name, _), ms in medians.items() if name == dense)
+            for (name, backend), ms in medians.items():
+                if name == dense and samples is not pooled:
+                    continue
+                line: dict[str, Any] = {"threads": threads, "case": name, "backend": backend, "ms": round(ms, 4)}
+                line |= {"fastest_ms": round(min(samples[name, backend]), 4), "of_best_dense": round(beside / ms, 2)}
+                if (name, backend) in bits:
+                    line["bits_per_weight"] = bits[name, backend]
+                rows.append(line)
+                print(line, flush=True)
     peers = "llama.cpp's q4_0 is in peers.json"
     load = round(os.getloadavg()[0], 1)
     results["speed"] = {"size": size, "rows": rows, "peers": peers, "load": load, "machine": machine_stamp()}

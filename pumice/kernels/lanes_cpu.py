@@ -2,8 +2,8 @@
 
 x is rounded to sixteen bits, with a unit for each of its rows: the largest error is a part in 65534 of the row's largest
 magnitude, less than that of bf16 unless one number is a few hundred times as large as most, and rows below 1e-30 count as
-zero. Its upper and lower bytes are
-multiplied with the integers exactly. A row of x with NaN or infinity gives NaN everywhere.
+zero. Its upper and lower bytes are multiplied with the integers exactly. A row of x with NaN or infinity gives NaN
+everywhere.
 Legend: R rows of x, O outputs, I inputs.
 """
 

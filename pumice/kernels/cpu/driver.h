@@ -151,7 +151,7 @@ void block_product(const Matrix& w, int64_t begin, int64_t end, const Input& x, 
 // grouped_tile.h), a few sums being in flight to hide their latency.
 template <class W, class X, int N>
 inline void dense_row(const typename W::T* w, const typename X::T* x, int64_t stride, int64_t I, float* sums) {
-  constexpr int U = 2;  // more would leave a remainder behind rows of 576 columns, say, which took a quarter of their time
+  constexpr int U = 2;  // more leave a remainder behind rows of 576 columns, say, which costs more than its length
   constexpr int64_t L = W::kLanes, ahead = kFarAhead / (int64_t)sizeof(*w);
   typename W::Sum acc[N][U];
   PUMICE_UNROLL
