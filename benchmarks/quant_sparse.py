@@ -263,8 +263,10 @@ def cases(size: int) -> dict[str, Packed]:
         "int4 groups of 16": integers(w, INT4, "int4", group=16),
         "int4 groups of 32": integers(w, {**INT4, "group": 32}, "int4", group=32),
         "bitmask bf16, 50 % zeros": pack(half.bfloat16(), "bitmask"),
-        "int8 bitmask, 50 % zeros": integers(half, "int8", "int8-bitmask"),
     }
+    for density in (0.5, 0.25, 0.1):
+        gone = w * select.layer(w.abs(), density)
+        made[f"int8 bitmask, {1 - density:.0%} zeros"] = integers(gone, "int8", "int8-bitmask")
     for group in (16, 32):
         for density in (0.5, 0.25):
             gone = w * select.blocks(w.square(), 1, group, density)

@@ -118,6 +118,53 @@ def test_not_a_number_is_not_hidden_nor_spread(isa):  # noqa: F811
                 assert y[0][kept].isnan().all()
 
 
+needs_bytes = pytest.mark.skipif(
+    cpu_backend.native is None or cpu_backend.instruction_sets()["avx512_bf16"] is not None,
+    reason="int8 is multiplied in bytes by the kernels avx512_bf16 only",
+)
+
+
+@needs_bytes
+@pytest.mark.parametrize("layout", ["int8", "int8-bitmask"])
+def test_bytes_lose_of_x_at_most_half_a_unit_and_nothing_in_sums(layout):
+    # Wider than what 32 bits can sum; all weights at either end of their range; x of one sign, of one number, tiny, zero.
+    for o, i in ((5, 20000), (3, 8256), (9, 515)):
+        w = torch.randint(-128, 128, (o, i)).float()
+        w[0], w[1], w[2] = -128, 127, w[2].sign() * 127
+        w[-1] *= torch.rand(i) < 0.5
+        scales = torch.full((o,), 2.0**-7)
+        scales[1] = 2.0**-60
+        tensors = {"values": w.to(torch.int8), "scales": scales.bfloat16()}
+        if "bitmask" in layout:
+            tensors = {"values": w[w != 0].to(torch.int8), "bitmask": base.pack_bits(w != 0), "scales": tensors["scales"]}
+        packed = base.Packed(layout, (o, i), torch.bfloat16, tensors, {})
+        run = dispatch.get("linear", layout, "decode").prepare(packed, None)
+        x = torch.randn(7, i)
+        x[1], x[2], x[3] = x[1].abs(), 0, 0
+        x[2, 7] = 1000
+        x[4] *= 1e-20
+        x[5], x[6] = 2.0, -1e30
+        x = x.bfloat16()
+        want = F.linear(x.double(), w.double() * scales[:, None].double())
+        unit = x.double().abs().amax(1, keepdim=True) / 32639
+        allowed = F.linear(unit.expand_as(x) / 2, (w * scales[:, None]).abs().double()) + want.abs() * 2.0**-8
+        y = run(x)
+        assert ((y.double() - want).abs() <= allowed).all()
+        assert not y[3].any()
+
+
+@needs_bytes
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_row_in_bytes_that_is_not_finite_is_nan_and_the_others_are_not(bad):
+    for layout in ("int8", "int8-bitmask", "int8-nm"):
+        packed = matrix(layout, 40, 160, torch.bfloat16, Coding("int8", 8))
+        x = torch.randn(3, 160).bfloat16()
+        x[1, 5] = bad
+        y = dispatch.get("linear", layout, "decode").prepare(packed, None)(x)
+        assert y[1].isnan().all()
+        assert y[[0, 2]].isfinite().all()
+
+
 @needs_native
 @pytest.mark.parametrize("layout", NATIVE)
 def test_damage_is_refused_by_the_plan(layout):

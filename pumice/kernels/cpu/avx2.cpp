@@ -174,6 +174,8 @@ struct Avx2 {
 struct Coded : PlainCoded {
   template <class T>
   using X4 = float;
+  template <class T>
+  using X8 = float;
 };
 
 // Grouped products in fp32, eight sums a register.
@@ -211,6 +213,7 @@ struct Floats256 {
 
 const Kernels table = {"avx2",
                        false,
+                       nullptr,
                        {dense_product<Floats256<BF16>, Floats256<float>>, dense_product<Floats256<float>, Floats256<float>>},
                        {bitmask_product<Avx2, BF16>, bitmask_product<Avx2, float>},
                        {block_product<Avx2, BF16>, block_product<Avx2, float>},

@@ -44,6 +44,7 @@ struct Avx512 : Fp32Sums {
 
 const Kernels table = {"avx512",
                        false,
+                       nullptr,
                        {dense_product<Floats512<BF16>, Floats512<float>>, dense_product<Floats512<float>, Floats512<float>>},
                        {bitmask_product<Avx512, BF16>, bitmask_product<Avx512, float>},
                        {block_product<Avx512, BF16>, block_product<Avx512, float>},

@@ -18,6 +18,7 @@
 #include "coded.h"
 #include "avx512_coded.h"
 #include "avx512_grouped.h"
+#include "avx512_bytes.h"
 #include "avx512_tiles.h"
 #include "avx512_blocks.h"
 #include "avx512_lanes.h"
@@ -159,7 +160,7 @@ struct Expansion {
 };
 
 // Four bits by looking their levels up as bf16 (vpermw), 64 at a time, multiplied in pairs and then scaled by group.
-struct CodedBf16 : CodedFp32 {
+struct CodedBf16 : CodedBytes {
   template <class T>
   using X4 = BF16;
 
@@ -364,6 +365,7 @@ struct Pairs512 : Sums512 {
 
 const Kernels table = {"avx512_bf16",
                        true,
+                       split_row,
                        {dense_product<Pairs512, Pairs512>, dense_product<Floats512<float>, Floats512<float>>},
                        {bitmask_product<Bf16Sums, BF16>, bitmask_product<Fp32Sums, float>},
                        {block_product<Bf16Sums, BF16>, block_product<Fp32Sums, float>},

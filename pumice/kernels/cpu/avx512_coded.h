@@ -8,6 +8,8 @@ namespace {
 struct CodedFp32 {
   template <class T>
   using X4 = float;
+  template <class T>
+  using X8 = float;
 
   static inline __m512 floats(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)); }
 

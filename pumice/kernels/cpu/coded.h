@@ -1,7 +1,7 @@
 // Integers with scales: the loops that every instruction set shares, and plain C++ that each compiles for itself.
 //
 // Included after driver.h by translation units that have set their target; everything lies in anonymous namespaces.
-// A kernel reads x in fp32, except four bits in the set with bf16 products. Weights become fp32 in registers.
+// A kernel reads x in fp32 and weights become fp32 in registers, except in the set with bf16 products.
 #pragma once
 
 #include "kernels.h"
@@ -96,7 +96,8 @@ inline void coded_up_to(int n, const Matrix& w, int64_t o, const Input& x, int64
     if (n < N) return coded_up_to<Isa, T, N - 1>(n, w, o, x, row, y, scratch);
     float sums[N];
     if (w.coding == kInt8) {
-      Isa::template dot8<T, N>(w, o, (const float*)x.data + row * x.stride, x.stride, scratch, sums);
+      typedef typename Isa::template X8<T> X;
+      Isa::template dot8<T, N>(w, o, (const X*)x.data + row * x.stride, x.stride, scratch, sums);
       const float scale = widen(((const T*)w.scales)[o]);
       for (int k = 0; k < N; ++k) sums[k] *= scale;
     } else {

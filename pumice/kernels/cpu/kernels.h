@@ -21,6 +21,10 @@
 
 namespace pumice {
 
+struct BF16 {
+  uint16_t bits;
+};
+
 enum Dtype { kBF16 = 0, kF32 = 1, kF16 = 2 };
 enum Coding { kNumbers = 0, kInt8 = 1, kInt4 = 2 };
 
@@ -44,7 +48,8 @@ struct Matrix {
   int64_t group;
 };
 
-// x as a kernel reads it: R rows, `stride` elements apart, zero beyond I up to a multiple of 64.
+// x as a kernel reads it: R rows, `stride` elements apart, zero beyond I up to a multiple of 64. Where it is split into bytes,
+// an element is a byte.
 struct Input {
   const void* data;
   int64_t stride, rows;
@@ -79,6 +84,8 @@ struct BlockPanels {
 struct Kernels {
   const char* name;
   bool bf16_input;            // products of bf16 read x as bf16; else x was widened to fp32
+  // A row of x as products of int8 in bf16 read it (ByteRow); null where they read it in fp32.
+  void (*split)(const BF16* x, int64_t I, uint8_t* row);
   Product dense[2], bitmask[2], block[2];  // by dtype: bf16, fp32
   Expand expand16, expand32;
   Product coded[2];           // by dtype of the scales
@@ -86,15 +93,29 @@ struct Kernels {
   BlockPanels panels[2];      // by dtype
 };
 
+// A row of x in sixteen bits: the largest magnitude is kTop, each number 256 high + low with both from -128 to 127. A weight k is
+// multiplied as k + 128, without a sign; what that adds is what `start` takes off before.
+struct ByteRow {
+  static constexpr int kTop = 32639;
+  // Columns whose products fit 32 bits in each of sixteen sums.
+  static constexpr int64_t kStretch = 8192;
+
+  static int64_t padded(int64_t I) { return (I + 63) / 64 * 64; }
+  static int64_t stretches(int64_t I) { return (I + kStretch - 1) / kStretch; }
+  static int64_t bytes(int64_t I) { return 64 + 2 * padded(I) + 64 * stretches(I); }
+
+  // `unit` is what one of sixteen bits stands for, NaN where the row is not finite.
+  static float* unit(uint8_t* row) { return (float*)row; }
+  static int8_t* high(uint8_t* row) { return (int8_t*)row + 64; }
+  static int8_t* low(uint8_t* row, int64_t I) { return high(row) + padded(I); }
+  static int32_t* start(uint8_t* row, int64_t I) { return (int32_t*)(low(row, I) + padded(I)); }  // [stretches, 16]
+};
+
 // Each is null where this build has no such code.
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx512_bf16_kernels();
-
-struct BF16 {
-  uint16_t bits;
-};
 
 static inline float widen(BF16 v) {
   uint32_t bits = (uint32_t)v.bits << 16;

@@ -133,13 +133,26 @@ int64_t piece_count(int64_t work, int64_t threads) {
   return pieces < 1 ? 1 : pieces;
 }
 
-bool reads_as_it_is(const Matrix& w, const Kernels& kernels) {
-  return w.dtype == kF32 || (kernels.bf16_input && w.coding != kInt8);
+enum Form { kAsItIs, kWidened, kSplit };
+
+Form form_of(const Matrix& w, const Kernels& kernels) {
+  if (w.dtype == kF32) return kAsItIs;
+  if (w.coding == kInt8) return kernels.split ? kSplit : kWidened;
+  return kernels.bf16_input ? kAsItIs : kWidened;
 }
 
-// x as the kernels read it: as it is where they can, else copied, widened to fp32 if they need that, zero-padded.
+// x as the kernels read it: as it is where they can, else copied, widened to fp32 if they need that, zero-padded; or in bytes.
 bool input_of(const Matrix& w, const Kernels& kernels, const void* x, int64_t rows, Input* out) {
-  const bool keep = reads_as_it_is(w, kernels);
+  const Form form = form_of(w, kernels);
+  if (form == kSplit) {
+    const int64_t bytes = ByteRow::bytes(w.I);
+    uint8_t* copy = (uint8_t*)scratch(2, (size_t)(rows * bytes));
+    if (!copy) return false;
+    for (int64_t row = 0; row < rows; ++row) kernels.split((const BF16*)x + row * w.I, w.I, copy + row * bytes);
+    *out = {copy, bytes, rows};
+    return true;
+  }
+  const bool keep = form == kAsItIs;
   const int64_t padded = (w.I + 63) / 64 * 64, size = keep ? element_size(w.dtype) : 4;
   *out = {x, w.I, rows};
   if (keep && padded == w.I) return true;
@@ -166,7 +179,7 @@ bool gather(Products* job, const Matrix* const* w, void* const* y, int count, co
   for (int m = 0; m < count; ++m) {
     // Those that read x in the same form share it.
     int like = 0;
-    while (like < m && reads_as_it_is(*w[like], kernels) != reads_as_it_is(*w[m], kernels)) ++like;
+    while (like < m && form_of(*w[like], kernels) != form_of(*w[m], kernels)) ++like;
     if (like < m)
       job->x[m] = job->x[like];
     else if (!input_of(*w[m], kernels, x, rows, &job->x[m]))

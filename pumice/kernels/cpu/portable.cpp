@@ -78,6 +78,8 @@ struct Portable {
 struct Coded : PlainCoded {
   template <class T>
   using X4 = float;
+  template <class T>
+  using X8 = float;
 };
 
 struct Eight {
@@ -162,6 +164,7 @@ struct Floats {
 
 const Kernels table = {"portable",
                        false,
+                       nullptr,
                        {dense_product<Floats<BF16>, Floats<float>>, dense_product<Floats<float>, Floats<float>>},
                        {bitmask_product<Portable, BF16>, bitmask_product<Portable, float>},
                        {block_product<Portable, BF16>, block_product<Portable, float>},
