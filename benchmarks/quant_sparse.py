@@ -267,6 +267,8 @@ def cases(size: int) -> dict[str, Packed]:
     for density in (0.5, 0.25, 0.1):
         gone = w * select.layer(w.abs(), density)
         made[f"int8 bitmask, {1 - density:.0%} zeros"] = integers(gone, "int8", "int8-bitmask")
+    grid = registry.values.bind("int8")().grid(gone)
+    made[f"the same in csr, bf16, {1 - density:.0%} zeros"] = pack(grid.snap(gone).to(torch.bfloat16), "csr-tiles")
     for group in (16, 32):
         for density in (0.5, 0.25):
             gone = w * select.blocks(w.square(), 1, group, density)

@@ -136,7 +136,11 @@ def test_bytes_lose_of_x_at_most_half_a_unit_and_nothing_in_sums(layout):
         scales[1] = 2.0**-60
         tensors = {"values": w.to(torch.int8), "scales": scales.bfloat16()}
         if "bitmask" in layout:
-            tensors = {"values": w[w != 0].to(torch.int8), "bitmask": base.pack_bits(w != 0), "scales": tensors["scales"]}
+            tensors = {
+                "values": w[w != 0].to(torch.int8),
+                "bitmask": base.pack_bits(w != 0),
+                "scales": tensors["scales"],
+            }
         packed = base.Packed(layout, (o, i), torch.bfloat16, tensors, {})
         run = dispatch.get("linear", layout, "decode").prepare(packed, None)
         x = torch.randn(7, i)

@@ -165,7 +165,8 @@ WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "h
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "layout", ["dense", "bitmask", "nm", "block", "csr", "int8", "int8-bitmask", "int8-nm", "int4", "int4-bitmask"]
+    "layout",
+    ["dense", "bitmask", "nm", "block", "csr", "csr-tiles", "int8", "int8-bitmask", "int8-nm", "int4", "int4-bitmask"],
 )
 def test_any_layout_that_has_a_kernel_for_few_rows(layout, dtype):
     model = in_layout(family("Qwen2", **WIDE).to(dtype), layout)

@@ -1,10 +1,11 @@
-"""Compressed sparse rows on the CPU: brought into tiles when a layer is bound, then run by C++ that only multiplies nonzeros.
+"""Compressed sparse rows on the CPU: in tiles (`csr-tiles`), or brought into them when a layer is bound (`csr`), then run by C++
+that only multiplies nonzeros.
 
 A tile is 256 columns wide, so that an offset in it is a byte; the rows of a chunk stand in it sixteen by sixteen, those of
 about the same length together (`kernels/cpu/tiles.h`). Few rows of x look their columns up in registers, a row of the
 matrix to each lane: that is bound by memory, at three bytes a weight. More rows of x are transposed, and each stored
 weight is multiplied with sixteen or thirty-two of them: that is bound by arithmetic and by the first cache.
-The tiles are a copy, beside the stored matrix.
+The tiles of `csr` are a copy, beside the stored matrix; `pack` puts `csr-tiles` in its place.
 Legend: R rows of x, O outputs, I inputs.
 """
 
@@ -21,9 +22,10 @@ from pumice.kernels import cpu_backend
 from pumice.kernels.cpu_backend import CODES, PRODUCTS, streamed
 from pumice.kernels.derived import derived
 from pumice.weights.layouts.base import Packed
-from pumice.weights.layouts.lanes import chunk_height
+from pumice.weights.layouts.lanes import ROWS, Places, chunk_height
+from pumice.weights.layouts.tiles import EACH, TILE, CsrTiles
 
-TILE, SLICE = 256, 16
+IN_TILES = ("csr", "csr-tiles")
 
 
 class Tiles(NamedTuple):
@@ -42,14 +44,30 @@ class Tiles(NamedTuple):
 
 
 def tiles_of(packed: Packed) -> Tiles:
-    """A CSR matrix in tiles, kept while its values live and are unchanged.
+    """A CSR matrix in tiles: its own tensors where it is stored in them, else a copy, kept while its values live and are unchanged.
 
     Raises:
-        ValueError: columns or row starts that point outside of the matrix.
+        ValueError: columns or row starts that point outside of the matrix, or steps that do not fit.
     """
     stored = packed.tensors
+    if packed.layout == "csr-tiles":
+        order, steps = stored["order"], stored["steps"]
+        starts = derived((steps, order), lambda: _starts(packed))
+        values, offsets, order, steps = (
+            tensor.detach().contiguous() for tensor in (stored["values"], stored["offsets"], order, steps)
+        )
+        return Tiles(values, offsets, order, steps, starts, chunk_height(packed.shape[0]))
     sources = [stored["values"], stored["columns"], stored["row_starts"]]
     return derived(sources, lambda: _tiles(packed, *(tensor.detach().contiguous() for tensor in sources)))
+
+
+def _starts(packed: Packed) -> Tensor:
+    wrong = CsrTiles.misshapen(packed)
+    if wrong is not None:
+        raise ValueError(wrong)
+    _, tiles, height = packed.tensors["order"].shape
+    of_slices = Places(packed.tensors["order"], packed.tensors["steps"]).starts() * ROWS * EACH
+    return of_slices[:: height // ROWS].contiguous() if tiles else of_slices[:1]
 
 
 def _tiles(packed: Packed, values: Tensor, columns: Tensor, row_starts: Tensor) -> Tiles:
@@ -59,7 +77,7 @@ def _tiles(packed: Packed, values: Tensor, columns: Tensor, row_starts: Tensor) 
     height, native = chunk_height(outputs), cpu_backend.native
     groups = -(-outputs // height) * -(-inputs // TILE)
     order = torch.empty(groups, height, dtype=torch.uint8)
-    steps = torch.empty(groups, height // SLICE, dtype=torch.uint8)
+    steps = torch.empty(groups, height // ROWS, dtype=torch.uint8)
     starts = torch.zeros(groups + 1, dtype=torch.int64)
     wide = int(columns.dtype is not torch.uint16)
     matrix = (columns.data_ptr(), wide, row_starts.data_ptr(), outputs, inputs, values.numel())
@@ -104,3 +122,4 @@ def _extra(packed: Packed) -> int:
 register(
     Backend("tiles", "linear", "csr", _refuse, _prepare, 30, "C++: a copy in tiles, only nonzeros multiplied", _extra)
 )
+register(Backend("tiles", "linear", "csr-tiles", _refuse, _prepare, 30, "C++: only nonzeros multiplied"))

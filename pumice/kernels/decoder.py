@@ -22,7 +22,7 @@ from pumice.core.dispatch import Backend, Call, Run, register
 from pumice.core.errors import PumiceError
 from pumice.kernels import cpu_backend
 from pumice.kernels.cpu_backend import CODED, CODES, DECODE_GROUPS, PRODUCTS, RUN_AS, Plan, Planned
-from pumice.kernels.csr_cpu import TilePlan
+from pumice.kernels.csr_cpu import IN_TILES, TilePlan
 from pumice.kernels.lanes_cpu import LAYOUTS, LanePlan
 
 # Threads wait for each other at every step, so all pieces have to run at once, as a loop of OpenMP runs them; tasks in a queue
@@ -39,7 +39,7 @@ def plan_of(packed: Any, bias: Tensor | None) -> Planned:
     Raises:
         PumiceError: no such kernel for this layout, or for groups of this size.
     """
-    if packed.layout == "csr":
+    if packed.layout in IN_TILES:
         return TilePlan(packed, bias)
     if packed.layout in LAYOUTS:
         return LanePlan(packed, bias)
@@ -48,7 +48,7 @@ def plan_of(packed: Any, bias: Tensor | None) -> Planned:
         groups = f" in groups of {group}" if "group" in packed.params else ""
         raise PumiceError(
             f"layout={packed.layout!r}{groups} has no C++ kernel for few rows: pack the layer as one of "
-            f"{', '.join((*MATRICES, 'csr', *LAYOUTS))} (groups of {' or '.join(map(str, DECODE_GROUPS))})."
+            f"{', '.join((*MATRICES, *IN_TILES, *LAYOUTS))} (groups of {' or '.join(map(str, DECODE_GROUPS))})."
         )
     return Plan(packed, bias)
 

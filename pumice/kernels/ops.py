@@ -25,8 +25,9 @@ STRUCTURE = {
     "nm": ("codes",),
     "block": ("columns", "row_starts"),
     "csr": ("columns", "row_starts"),
+    "csr-tiles": ("offsets", "order", "steps"),
 }
-PARAMS = {"bitmask": (), "nm": ("n", "m"), "block": (), "csr": ()}
+PARAMS = {"bitmask": (), "nm": ("n", "m"), "block": (), "csr": (), "csr-tiles": ()}
 
 
 def _packed(
@@ -85,6 +86,8 @@ def _(values: Tensor, structure: Sequence[Tensor], layout: str, shape: Sequence[
 def sample(w_OI: Tensor, values: Tensor, structure: Sequence[Tensor], layout: str, params: Sequence[int]) -> Tensor:
     """The entries of a dense matrix at the places that a layout stores, in the shape of its `values`."""
     places = reference.positions(_packed(layout, w_OI.shape, values, structure, params))
+    if layout == "csr-tiles":  # what only fills up stays zero
+        return torch.where(places < 0, 0, w_OI.flatten()[places.clamp(min=0)]).view(values.shape)
     return w_OI.flatten()[places].view(values.shape)
 
 
@@ -139,20 +142,20 @@ def _grads(
     return g_x, g_values, g_RO.sum(0).to(ctx.bias_dtype) if ctx.bias_dtype is not None else None
 
 
-def _differentiable(op: Any, layout: str, extra: int = 0) -> None:
-    """Gradients of an operator `(x, values, *structure, *extra tensors, bias, *params)`."""
-    kept = len(STRUCTURE[layout])
+def _differentiable(op: Any, layout: str, extra: int = 0, sizes: int = 0) -> None:
+    """Gradients of an operator `(x, values, *structure, *extra tensors, bias, *params, *sizes)`."""
+    kept, params = len(STRUCTURE[layout]), len(PARAMS[layout])
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         bias = inputs[2 + kept + extra]
-        ctx.params = list(inputs[3 + kept + extra :])
+        ctx.params = list(inputs[3 + kept + extra :][:params])
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(*inputs[: 2 + kept])
 
     def backward(ctx: Any, g_RO: Tensor) -> tuple[Any, ...]:
         x_RI, values, *structure = ctx.saved_tensors
         g_x, g_values, g_bias = _grads(ctx, g_RO, x_RI, values, structure, layout, ctx.params)
-        return (g_x, g_values, *[None] * (kept + extra), g_bias, *[None] * len(ctx.params))
+        return (g_x, g_values, *[None] * (kept + extra), g_bias, *[None] * (params + sizes))
 
     op.register_autograd(backward, setup_context=setup)
 
@@ -221,10 +224,30 @@ def _(x: Tensor, values: Tensor, columns: Tensor, row_starts: Tensor, bias: Tens
     return x.new_empty(x.shape[0], row_starts.shape[0] - 1)
 
 
+@torch.library.custom_op(
+    "pumice::linear_csr_tiles",
+    mutates_args=(),
+    schema="(Tensor x, Tensor values, Tensor offsets, Tensor order, Tensor steps, Tensor? bias, SymInt outputs) -> Tensor",
+)
+def linear_csr_tiles(
+    x: Tensor, values: Tensor, offsets: Tensor, order: Tensor, steps: Tensor, bias: Tensor | None, outputs: int
+) -> Tensor:
+    """x [R, I] times a compressed-sparse-row matrix of `outputs` rows, in tiles, to [R, O]."""
+    return _linear(_packed("csr-tiles", (outputs, x.shape[1]), values, (offsets, order, steps), ()), bias, x)
+
+
+@linear_csr_tiles.register_fake
+def _(
+    x: Tensor, values: Tensor, offsets: Tensor, order: Tensor, steps: Tensor, bias: Tensor | None, outputs: int
+) -> Tensor:
+    return x.new_empty(x.shape[0], outputs)
+
+
 _differentiable(linear_bitmask, "bitmask", extra=1)
 _differentiable(linear_nm, "nm")
 _differentiable(linear_block, "block")
 _differentiable(linear_csr, "csr")
+_differentiable(linear_csr_tiles, "csr-tiles", sizes=1)
 
 
 def _bitmask(packed: Packed, bias: Tensor | None, x_RI: Tensor) -> Tensor:
@@ -236,6 +259,11 @@ def _bitmask(packed: Packed, bias: Tensor | None, x_RI: Tensor) -> Tensor:
 def _nm(packed: Packed, bias: Tensor | None, x_RI: Tensor) -> Tensor:
     stored = packed.tensors
     return linear_nm(x_RI, stored["values"], stored["codes"], bias, packed.params["n"], packed.params["m"])
+
+
+def _csr_tiles(packed: Packed, bias: Tensor | None, x_RI: Tensor) -> Tensor:
+    structure = [packed.tensors[name] for name in STRUCTURE["csr-tiles"]]
+    return linear_csr_tiles(x_RI, packed.tensors["values"], *structure, bias, packed.shape[0])
 
 
 def _rows_and_columns(op: Callable[..., Tensor]) -> Callable[[Packed, Tensor | None, Tensor], Tensor]:
@@ -251,6 +279,7 @@ TRACED = {
     "nm": _nm,
     "block": _rows_and_columns(linear_block),
     "csr": _rows_and_columns(linear_csr),
+    "csr-tiles": _csr_tiles,
 }
 
 

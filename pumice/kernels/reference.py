@@ -46,10 +46,10 @@ def conv2d(
 
 
 def positions(packed: Packed) -> Tensor:
-    """Where each stored value sits: flat index into w_OI of every element of `values`, in its order, int64.
+    """Where each stored value sits: flat index into w_OI of every element of `values`, in its order, int64; -1 if nowhere.
 
     A layout is a bijection between its stored values and places of the matrix, so unpacking 1, 2, 3, … instead of
-    the values shows it, for every layout alike.
+    the values shows it, for every layout alike. Some fill up with values that are nowhere in the matrix.
     """
     key = "weight" if packed.layout == "dense" else "values"
     values = packed.tensors[key]
@@ -57,7 +57,7 @@ def positions(packed: Packed) -> Tensor:
     numbered = dataclasses.replace(packed, dtype=torch.int64, tensors={**packed.tensors, key: count})
     number_OI = unpack(numbered).flatten()
     place = number_OI.nonzero().squeeze(1)
-    out = torch.empty(values.numel(), dtype=torch.int64, device=values.device)
+    out = torch.full((values.numel(),), -1, dtype=torch.int64, device=values.device)
     out[number_OI[place] - 1] = place
     return out
 

@@ -51,6 +51,19 @@ void fill_chunk(const Fill& f, int64_t chunk, int64_t* at) {
       f.to_columns[next] = (uint8_t)(column % kTile);
       next += next % 2 ? kStep - 1 : 1;
     }
+  // A row that is filled up from its first pair on has offset 1 there, so that it can be told from one with a number at offset 0.
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t group = chunk * tiles + t;
+    int64_t start = w.starts[group];
+    for (int64_t s = 0; s < w.height / kSlice; ++s) {
+      const int64_t stored = w.steps[group * (w.height / kSlice) + s] * kStep;
+      for (int64_t l = 0; stored && l < kSlice; ++l) {
+        const int64_t pair = start + 2 * l;
+        if (at[w.order[group * w.height + s * kSlice + l] * tiles + t] == pair) f.to_columns[pair] = f.to_columns[pair + 1] = 1;
+      }
+      start += stored;
+    }
+  }
 }
 
 void fill_pieces(int64_t first, int64_t last, void* context) {

@@ -18,7 +18,7 @@ constexpr int64_t kMostRows = 256;  // of a chunk; a row of a chunk is a byte
 
 struct Tiles {
   const void* values;         // [stored]: step by step, the pair of the first row, then of the second, …
-  const uint8_t* columns;     // [stored] offsets in the tile; what only fills up is a zero at offset 0
+  const uint8_t* columns;     // [stored] offsets in the tile; what only fills up is a zero at offset 0, or 1 in an empty row
   const uint8_t* order;       // [chunks, tiles, height]: which row of the chunk comes first, second, …
   const uint8_t* steps;       // [chunks, tiles, height / kSlice]
   const int64_t* starts;      // [chunks * tiles + 1] into values and columns

@@ -10,7 +10,8 @@ from pumice.weights.layouts.base import Layout, Packed, shape_fault
 from pumice.weights.layouts.block import index_fault
 
 
-def _index_dtype(width: int) -> torch.dtype:
+def index_dtype(width: int) -> torch.dtype:
+    """What a column of a matrix of this width is stored in."""
     return torch.uint16 if width <= 1 << 16 else torch.int32
 
 
@@ -29,7 +30,7 @@ class Csr(Layout):
 
     @staticmethod
     def stored_bytes(w_OI: Tensor, **params: int) -> int:
-        each = w_OI.element_size() + _index_dtype(w_OI.shape[1]).itemsize
+        each = w_OI.element_size() + index_dtype(w_OI.shape[1]).itemsize
         return int(torch.count_nonzero(w_OI)) * each + 4 * (w_OI.shape[0] + 1)
 
     @staticmethod
@@ -37,7 +38,7 @@ class Csr(Layout):
         mask = w_OI != 0
         starts = torch.zeros(w_OI.shape[0] + 1, dtype=torch.int32, device=w_OI.device)
         starts[1:] = mask.sum(1).cumsum(0)
-        columns = mask.nonzero()[:, 1].to(_index_dtype(w_OI.shape[1]))
+        columns = mask.nonzero()[:, 1].to(index_dtype(w_OI.shape[1]))
         tensors = {"values": w_OI[mask], "columns": columns, "row_starts": starts}
         return Packed("csr", (w_OI.shape[0], w_OI.shape[1]), w_OI.dtype, tensors)
 
@@ -55,7 +56,7 @@ class Csr(Layout):
             packed,
             {
                 "values": ((None,), (packed.dtype,)),
-                "columns": ((None,), (_index_dtype(i),)),
+                "columns": ((None,), (index_dtype(i),)),
                 "row_starts": ((o + 1,), (torch.int32,)),
             },
         )

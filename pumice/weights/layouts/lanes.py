@@ -52,21 +52,28 @@ def chunk_height(outputs: int) -> int:
     return 128 if outputs >= 1024 else 64 if outputs >= 256 else 32
 
 
+def stand(counts_CTH: Tensor, each: int = 1) -> tuple[Places, Tensor]:
+    """Rows in the order of how much they have in a tile, and the lane of the first step of each: int64 [C, T, H] of [S·16].
+
+    A step takes `each` of what a row has.
+    """
+    order = counts_CTH.argsort(dim=-1, descending=True, stable=True)
+    most = counts_CTH.gather(-1, order).unflatten(-1, (-1, ROWS)).amax(-1)
+    made = Places(order.to(torch.uint8).contiguous(), ((most + each - 1) // each).to(torch.uint8))
+    place = order.argsort(-1)
+    first = made.starts()[:-1].view(most.shape).gather(-1, place // ROWS)
+    return made, first * ROWS + place % ROWS
+
+
 def places(kept_OG: Tensor) -> tuple[Places, Tensor]:
     """How the stored groups of a matrix are laid out, and for each of them, in reading order, its lane: int64 of [S·16]."""
     (outputs, groups), height = kept_OG.shape, chunk_height(kept_OG.shape[0])
     chunks, tiles = -(-outputs // height), -(-groups // TILE)
     padded = F.pad(kept_OG, (0, tiles * TILE - groups, 0, chunks * height - outputs))
     in_tiles = padded.view(chunks, height, tiles, TILE).transpose(1, 2)
-    counts = in_tiles.sum(-1)
-    order = counts.argsort(dim=-1, descending=True, stable=True)
-    steps = counts.gather(-1, order).unflatten(-1, (-1, ROWS)).amax(-1)
-    made = Places(order.to(torch.uint8), steps.to(torch.uint8))
+    made, first = stand(in_tiles.sum(-1))
     # A row's groups in a tile take one step after the other.
-    place = order.argsort(-1)
-    first = made.starts()[:-1].view(steps.shape).gather(-1, place // ROWS)
-    step = first[..., None] + in_tiles.long().cumsum(-1) - 1
-    lane = step * ROWS + (place % ROWS)[..., None]
+    lane = first[..., None] + (in_tiles.long().cumsum(-1) - 1) * ROWS
     return made, lane.transpose(1, 2).reshape(chunks * height, tiles * TILE)[:outputs, :groups][kept_OG]
 
 
