@@ -25,20 +25,11 @@ namespace {
 constexpr int64_t kRowBlock = 128;     // rows of x whose part of a stretch stays in the second-level cache
 constexpr int64_t kColumnBlock = 128;  // columns of the result at a time
 constexpr int64_t kDirectRows = 8;     // up to so many rows w is not packed
-constexpr int64_t kFetchAhead = 1024;  // bytes of each row of w that are fetched before their use
+constexpr int64_t kFetchAhead = 1024;  // bytes of each row of w that are fetched before their use, into the second cache
 constexpr int64_t kSumsStride = 2 * kColumnBlock + 160;
 
 template <class T>
 inline void ask(const T* p) {
-#if defined(__SSE2__) || defined(_M_X64)
-  _mm_prefetch((const char*)p, _MM_HINT_T0);
-#else
-  (void)p;
-#endif
-}
-
-template <class T>
-inline void ask_later(const T* p) {
 #if defined(__SSE2__) || defined(_M_X64)
   _mm_prefetch((const char*)p, _MM_HINT_T1);
 #else
@@ -212,7 +203,7 @@ inline void rows_packed(const Part<V>& p, int64_t o, int64_t count, float* sums)
       int64_t next = 0;
       for (int64_t r = 0; r < p.rows; r += pass) {
         for (const int64_t stop = next + share < lines ? next + share : lines; next < stop; ++next)
-          for (int m = 0; m < V::kM; ++m) ask_later(w + (V::kM + m) * p.w_output + next * line);
+          for (int m = 0; m < V::kM; ++m) ask(w + (V::kM + m) * p.w_output + next * line);
         const int width = (int)(p.rows - r < pass ? p.rows - r : pass);
         packed_dots_up_to<V, V::kN>(width, p.w_pack, p.x_pack + r * steps, steps, sums + r * kSumsStride + c, i > 0);
       }
