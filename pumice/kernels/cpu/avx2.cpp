@@ -83,8 +83,7 @@ inline float sum(__m256 v) {
 struct Avx2 {
   template <class T>
   using X = float;
-  static constexpr int kDotRows = 8, kTileRows = 2, kTileSums = 8;
-  static constexpr bool kPairs = false;
+  static constexpr int kDotRows = 8, kTogether = 1, kTileRows = 2, kTileSums = 8;
 
   template <class T, int M, int N>
   static void dot(const T* const* values, int64_t ahead, const uint8_t* mask, int64_t, const float* x, int64_t stride,

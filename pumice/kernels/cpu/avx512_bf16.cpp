@@ -36,8 +36,7 @@ inline __m512i expand16(uint32_t mask, const void* p) {
 struct Bf16Sums {
   template <class T>
   using X = BF16;
-  static constexpr int kDotRows = 8, kTileRows = 4, kTileSums = 16;
-  static constexpr bool kPairs = true;
+  static constexpr int kDotRows = 8, kTogether = 3, kTileRows = 4, kTileSums = 16;
 
   // 64 columns: bits[m] of M rows of the matrix times N rows of x.
   template <int M, int N, int U>

@@ -53,8 +53,7 @@ inline void fetch(const T* p, int64_t n) {
 struct Fp32Sums {
   template <class T>
   using X = float;
-  static constexpr int kDotRows = 8, kTileRows = 4, kTileSums = 16;
-  static constexpr bool kPairs = true;
+  static constexpr int kDotRows = 8, kTogether = 3, kTileRows = 4, kTileSums = 16;
 
   template <class T, int M, int N>
   static void dot(const T* const* values, int64_t ahead, const uint8_t* mask, int64_t mask_stride, const float* x,

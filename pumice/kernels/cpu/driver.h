@@ -59,12 +59,12 @@ inline int64_t pass_rows(int64_t rows, int64_t most) {
   return passes ? (rows + passes - 1) / passes : 1;
 }
 
-// Elements from a place in rows o and o + 1 to the place that comes at least kAhead bytes later in the reading order
-// of pairs of rows.
-template <class T>
-inline int64_t pair_ahead(const Matrix& w, int64_t o) {
-  const int64_t pair = w.starts[o + 2] - w.starts[o], least = kAhead / (int64_t)sizeof(T);
-  return pair >= least || pair == 0 ? pair : (least + pair - 1) / pair * pair;
+// Elements from a place in M rows from o on to the place that comes at least kAhead bytes later in the reading order of M
+// rows at once.
+template <class T, int M>
+inline int64_t rows_ahead(const Matrix& w, int64_t o) {
+  const int64_t rows = w.starts[o + M] - w.starts[o], least = kAhead / (int64_t)sizeof(T);
+  return rows >= least || rows == 0 ? rows : (least + rows - 1) / rows * rows;
 }
 
 // M rows of the matrix from row o on, whose values begin at p, times n <= N rows of x.
@@ -75,7 +75,7 @@ inline void dot_up_to(int n, const T* const* p, const Matrix& w, int64_t o, cons
     typedef typename Isa::template X<T> X;
     const int64_t bytes = (w.I + 7) / 8;
     float sums[M][N];
-    const int64_t ahead = M == 1 ? kAhead / (int64_t)sizeof(T) : pair_ahead<T>(w, o);
+    const int64_t ahead = M == 1 ? kAhead / (int64_t)sizeof(T) : rows_ahead<T, M>(w, o);
     Isa::template dot<T, M, N>(p, ahead, w.mask + o * bytes, bytes, (const X*)x.data + row * x.stride, x.stride, w.I,
                                sums);
     for (int m = 0; m < M; ++m) store<T>(w, o + m, row, N, sums[m], y);
@@ -85,22 +85,21 @@ inline void dot_up_to(int n, const T* const* p, const Matrix& w, int64_t o, cons
 template <class Isa, class T>
 void bitmask_product(const Matrix& w, int64_t begin, int64_t end, const Input& x, void* y, void* scratch) {
   const int64_t step = pass_rows(x.rows, Isa::kDotRows);
-  // Two rows of the matrix at once load x once for both; with little of x there is more to gain from one stream.
-  const bool pairs = Isa::kPairs && step > 2;
-  for (int64_t o = begin; o < end;) {
-    const int m = pairs && o + 1 < end ? 2 : 1;
-    const T* p[2] = {row_values<T>(w, o, scratch), nullptr};
-    if (m == 2) p[1] = row_values<T>(w, o + 1, (T*)scratch + w.I + 64);
+  // Several rows of the matrix at once load x once for all; with little of x there is more to gain from one stream.
+  constexpr int M = Isa::kTogether;
+  for (int64_t o = begin, m; o < end; o += m) {
+    m = step > 2 && o + M <= end ? M : 1;
+    const T* p[M];
+    for (int64_t k = 0; k < m; ++k) p[k] = row_values<T>(w, o + k, (T*)scratch + k * (w.I + 64));
     for (int64_t row = 0; row < x.rows; row += step) {
       const int n = (int)(x.rows - row < step ? x.rows - row : step);
-      if constexpr (Isa::kPairs)
-        if (m == 2) {
-          dot_up_to<Isa, T, 2, Isa::kDotRows>(n, p, w, o, x, row, y);
+      if constexpr (M > 1)
+        if (m == M) {
+          dot_up_to<Isa, T, M, Isa::kDotRows>(n, p, w, o, x, row, y);
           continue;
         }
       dot_up_to<Isa, T, 1, Isa::kDotRows>(n, p, w, o, x, row, y);
     }
-    o += m;
   }
 }
 

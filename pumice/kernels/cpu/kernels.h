@@ -55,8 +55,9 @@ struct Input {
   int64_t stride, rows;
 };
 
-// Rows [begin, end) of y (of block rows for `block`); y is [R, O] in the dtype of the values. `scratch` holds two
-// rows of values, each with 64 values more.
+// Rows [begin, end) of y (of block rows for `block`); y is [R, O] in the dtype of the values. `scratch` holds
+// kSpareRows rows of values, each with 64 values more.
+constexpr int64_t kSpareRows = 3;
 typedef void (*Product)(const Matrix&, int64_t begin, int64_t end, const Input&, void* y, void* scratch);
 // Rows [begin, end) of the matrix, dense, to `out` [end - begin, I]; only the width of the dtype matters.
 typedef void (*Expand)(const Matrix&, int64_t begin, int64_t end, void* out, void* scratch);

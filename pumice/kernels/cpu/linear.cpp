@@ -54,8 +54,7 @@ void expand_blocks(const Matrix& w, int64_t begin, int64_t end, char* out) {
   copy_blocks<0>(w, begin, end, out);
 }
 
-// Two rows of values, each with 64 values more.
-void* spare_rows(const Matrix& w) { return scratch(0, (size_t)(2 * (w.I + 64) * element_size(w.dtype))); }
+void* spare_rows(const Matrix& w) { return scratch(0, (size_t)(kSpareRows * (w.I + 64) * element_size(w.dtype))); }
 
 bool run_rows(const Matrix& w, const Kernels& kernels, int64_t begin, int64_t end, const Input& x, void* y) {
   if (begin >= end) return true;

@@ -27,8 +27,7 @@ inline int lowest_bit(uint64_t word) {
 struct Portable {
   template <class T>
   using X = float;
-  static constexpr int kDotRows = 4, kTileRows = 4, kTileSums = 16;
-  static constexpr bool kPairs = false;
+  static constexpr int kDotRows = 4, kTogether = 1, kTileRows = 4, kTileSums = 16;
 
   // Sums of 16 columns first, then of those: short sums keep the rounding error near that of a vector kernel.
   template <class T, int M, int N>
