@@ -56,6 +56,8 @@ def tiles_of(packed: Packed) -> Tiles:
         values, offsets, order, steps = (
             tensor.detach().contiguous() for tensor in (stored["values"], stored["offsets"], order, steps)
         )
+        if not values.numel() == offsets.numel() == int(starts[-1]):
+            raise ValueError(f"{values.numel()} values and {offsets.numel()} offsets in {int(starts[-1])} places")
         return Tiles(values, offsets, order, steps, starts, chunk_height(packed.shape[0]))
     sources = [stored["values"], stored["columns"], stored["row_starts"]]
     return derived(sources, lambda: _tiles(packed, *(tensor.detach().contiguous() for tensor in sources)))

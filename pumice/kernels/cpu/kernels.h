@@ -94,6 +94,8 @@ struct Kernels {
   BlockPanels panels[2];      // by dtype
 };
 
+namespace {  // so that its functions too stay in their translation unit
+
 // A row of x in sixteen bits: the largest magnitude is kTop, each number 256 high + low with both from -128 to 127. A weight k is
 // multiplied as k + 128, without a sign; what that adds is what `start` takes off before.
 struct ByteRow {
@@ -111,6 +113,8 @@ struct ByteRow {
   static int8_t* low(uint8_t* row, int64_t I) { return high(row) + padded(I); }
   static int32_t* start(uint8_t* row, int64_t I) { return (int32_t*)(low(row, I) + padded(I)); }  // [stretches, 16]
 };
+
+}  // namespace
 
 // Each is null where this build has no such code.
 const Kernels* portable_kernels();
