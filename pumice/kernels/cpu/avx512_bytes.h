@@ -5,7 +5,12 @@
 namespace pumice {
 namespace {
 
-void split_row(const BF16* x, int64_t I, uint8_t* row) {
+struct Unit {
+  float unit, inverse;  // NaN and 0 where the row is not finite
+};
+
+// What one of `steps` steps from zero to the largest magnitude of a row stands for.
+inline Unit unit_of(const BF16* x, int64_t I, float steps) {
   __m512 most = _mm512_setzero_ps(), seen = most;
   for (int64_t i = 0; i < I; i += 16) {
     const __m512 v = load16(first16(I - i), x + i);
@@ -13,10 +18,15 @@ void split_row(const BF16* x, int64_t I, uint8_t* row) {
     seen = _mm512_fmadd_ps(v, _mm512_setzero_ps(), seen);  // NaN as soon as one of them is not finite
   }
   const float top = _mm512_reduce_max_ps(most), nothing = _mm512_reduce_add_ps(seen);
+  if (nothing != nothing) return {nothing, 0.0f};
   // Subnormal units would overflow their inverse.
-  const float inverse = top > 1e-30f ? (float)ByteRow::kTop / top : 0.0f;
-  *ByteRow::unit(row) = inverse ? top / (float)ByteRow::kTop + nothing : nothing;
-  const __m512 scale = _mm512_set1_ps(nothing == nothing ? inverse : 0.0f);
+  return top > 1e-30f ? Unit{top / steps, steps / top} : Unit{0.0f, 0.0f};
+}
+
+void split_row(const BF16* x, int64_t I, uint8_t* row) {
+  const Unit unit = unit_of(x, I, (float)ByteRow::kTop);
+  *ByteRow::unit(row) = unit.unit;
+  const __m512 scale = _mm512_set1_ps(unit.inverse);
   int8_t *high = ByteRow::high(row), *low = ByteRow::low(row, I);
   const int64_t padded = ByteRow::padded(I);
   for (int64_t i = 0; i < padded; i += 16) {

@@ -12,17 +12,9 @@ inline __m512 lane_floats(const BF16* p) {
 }
 
 void fill_lanes(const Lanes& w, const BF16* x, uint8_t* words, float* unit) {
-  __m512 most = _mm512_setzero_ps(), seen = most;
-  for (int64_t i = 0; i < w.I; i += 16) {
-    const __m512 v = lane_floats(x + i);
-    most = _mm512_max_ps(most, _mm512_abs_ps(v));
-    seen = _mm512_fmadd_ps(v, _mm512_setzero_ps(), seen);  // NaN as soon as one of them is not finite
-  }
-  const float top = _mm512_reduce_max_ps(most), nothing = _mm512_reduce_add_ps(seen);
-  // Subnormal units would overflow their inverse.
-  const float inverse = top > 1e-30f ? 32767.0f / top : 0.0f;
-  *unit = inverse ? top / 32767.0f + nothing : nothing;
-  const __m512 scale = _mm512_set1_ps(nothing == nothing ? inverse : 0.0f);
+  const Unit found = unit_of(x, w.I, 32767.0f);
+  *unit = found.unit;
+  const __m512 scale = _mm512_set1_ps(found.inverse);
   const int64_t tile = kLaneGroups * w.group;
   for (int64_t i = 0; i < w.I; i += 16) {
     const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(lane_floats(x + i), scale));
