@@ -86,9 +86,8 @@ def _(values: Tensor, structure: Sequence[Tensor], layout: str, shape: Sequence[
 def sample(w_OI: Tensor, values: Tensor, structure: Sequence[Tensor], layout: str, params: Sequence[int]) -> Tensor:
     """The entries of a dense matrix at the places that a layout stores, in the shape of its `values`."""
     places = reference.positions(_packed(layout, w_OI.shape, values, structure, params))
-    if layout == "csr-tiles":  # what only fills up stays zero
-        return torch.where(places < 0, 0, w_OI.flatten()[places.clamp(min=0)]).view(values.shape)
-    return w_OI.flatten()[places].view(values.shape)
+    # What only fills up is nowhere, and stays zero.
+    return torch.where(places < 0, 0, w_OI.flatten()[places.clamp(min=0)]).view(values.shape)
 
 
 @sample.register_fake

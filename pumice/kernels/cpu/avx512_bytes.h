@@ -1,5 +1,5 @@
 // Numbers of eight bits in bf16 models, multiplied as bytes in fours by x in two bytes (ByteRow).
-// Included by the translation unit after it has set its target.
+// Included by the translation unit after it has set its target and before avx512_lanes.h, which splits x alike.
 #pragma once
 
 namespace pumice {
@@ -25,19 +25,19 @@ inline Unit unit_of(const BF16* x, int64_t I, float steps) {
 
 void split_row(const BF16* x, int64_t I, uint8_t* row) {
   const Unit unit = unit_of(x, I, (float)ByteRow::kTop);
-  *ByteRow::unit(row) = unit.unit;
+  memcpy(row, &unit.unit, 4);
   const __m512 scale = _mm512_set1_ps(unit.inverse);
-  int8_t *high = ByteRow::high(row), *low = ByteRow::low(row, I);
   const int64_t padded = ByteRow::padded(I);
+  uint8_t *high = row + ByteRow::kHigh, *low = row + ByteRow::low(I), *start = row + ByteRow::start(I);
   for (int64_t i = 0; i < padded; i += 16) {
     const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(load16(first16(I - i), x + i), scale));
     // To the nearest multiple of 256, so that what is left has eight bits with a sign.
-    _mm_storeu_si128((__m128i*)(high + i), _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8)));
+    const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
+    _mm_storeu_si128((__m128i*)(high + i), _mm512_cvtepi32_epi8(upper));
     _mm_storeu_si128((__m128i*)(low + i), _mm512_cvtepi32_epi8(q));
   }
-  int32_t* start = ByteRow::start(row, I);
   const __m512i moved = _mm512_set1_epi8((char)128);
-  for (int64_t begin = 0; begin < padded; begin += ByteRow::kStretch, start += 16) {
+  for (int64_t begin = 0; begin < padded; begin += ByteRow::kStretch, start += 64) {
     __m512i h = _mm512_setzero_si512(), l = h;
     for (int64_t i = begin; i < begin + ByteRow::kStretch && i < padded; i += 64) {
       h = _mm512_dpbusd_epi32(h, moved, _mm512_loadu_si512(high + i));
@@ -51,14 +51,14 @@ struct CodedBytes : CodedFp32 {
   template <class T>
   using X8 = uint8_t;
 
-  // 64 weights times the columns of N rows of x from byte `i` of their numbers on.
+  // 64 weights times as many columns of N rows of x, whose higher bytes begin at `high`.
   template <int N>
-  static inline void word(__m512i v, const uint8_t* x, int64_t stride, int64_t padded, __m512i (*acc)[2]) {
+  static inline void word(__m512i v, const uint8_t* high, int64_t stride, int64_t padded, __m512i (*acc)[2]) {
     v = _mm512_xor_si512(v, _mm512_set1_epi8((char)128));
     PUMICE_UNROLL
     for (int n = 0; n < N; ++n) {
-      acc[n][0] = _mm512_dpbusd_epi32(acc[n][0], v, _mm512_loadu_si512(x + n * stride));
-      acc[n][1] = _mm512_dpbusd_epi32(acc[n][1], v, _mm512_loadu_si512(x + n * stride + padded));
+      acc[n][0] = _mm512_dpbusd_epi32(acc[n][0], v, _mm512_loadu_si512(high + n * stride));
+      acc[n][1] = _mm512_dpbusd_epi32(acc[n][1], v, _mm512_loadu_si512(high + n * stride + padded));
     }
   }
 
@@ -74,7 +74,8 @@ struct CodedBytes : CodedFp32 {
     constexpr int64_t kWords = ByteRow::kStretch / 64;
     constexpr int U = 2;  // words at once, to hide the latency of a product
     const int64_t padded = ByteRow::padded(w.I), words = padded / 64;
-    const uint8_t *mask = w.mask ? w.mask + o * ((w.I + 7) / 8) : nullptr, *numbers = x + 64;
+    const uint8_t *mask = w.mask ? w.mask + o * ((w.I + 7) / 8) : nullptr, *start = x + ByteRow::start(w.I);
+    const uint8_t* high = x + ByteRow::kHigh;
     const int8_t* p = mask ? row_values<int8_t>(w, o, scratch) : (const int8_t*)w.values + o * w.I;
     __m512 total[N];
     PUMICE_UNROLL
@@ -87,7 +88,7 @@ struct CodedBytes : CodedFp32 {
       for (int n = 0; n < N; ++n) {
         PUMICE_UNROLL
         for (int u = 0; u < U; ++u) acc[u][n][0] = acc[u][n][1] = _mm512_setzero_si512();
-        acc[0][n][1] = _mm512_loadu_si512(numbers + n * stride + 2 * padded + 64 * (begin / kWords));
+        acc[0][n][1] = _mm512_loadu_si512(start + n * stride + 64 * (begin / kWords));
       }
       int64_t j = begin;
       if (mask) {
@@ -97,27 +98,28 @@ struct CodedBytes : CodedFp32 {
             uint64_t bits;
             memcpy(&bits, mask + 8 * (j + u), 8);
             _mm_prefetch((const char*)p + kAhead, _MM_HINT_T0);
-            word<N>(expanded(bits, &p), numbers + 64 * (j + u), stride, padded, acc[u]);
+            word<N>(expanded(bits, &p), high + 64 * (j + u), stride, padded, acc[u]);
           }
-        for (; j < end; ++j) word<N>(expanded(mask_word(mask, j, w.I), &p), numbers + 64 * j, stride, padded, acc[0]);
+        for (; j < end; ++j) word<N>(expanded(mask_word(mask, j, w.I), &p), high + 64 * j, stride, padded, acc[0]);
       } else {
         for (; j + U <= whole; j += U)
           PUMICE_UNROLL
           for (int u = 0; u < U; ++u) {
             fetch_far(p + 64 * (j + u) + 2 * kFarAhead);
-            word<N>(_mm512_loadu_si512(p + 64 * (j + u)), numbers + 64 * (j + u), stride, padded, acc[u]);
+            word<N>(_mm512_loadu_si512(p + 64 * (j + u)), high + 64 * (j + u), stride, padded, acc[u]);
           }
         for (; j < end; ++j) {
           const __mmask64 inside = j < whole ? ~(__mmask64)0 : (1ull << (w.I % 64)) - 1;
-          word<N>(_mm512_maskz_loadu_epi8(inside, p + 64 * j), numbers + 64 * j, stride, padded, acc[0]);
+          word<N>(_mm512_maskz_loadu_epi8(inside, p + 64 * j), high + 64 * j, stride, padded, acc[0]);
         }
       }
       PUMICE_UNROLL
       for (int n = 0; n < N; ++n) {
-        __m512i high = acc[0][n][0], low = acc[0][n][1];
+        __m512i upper = acc[0][n][0], lower = acc[0][n][1];
         PUMICE_UNROLL
-        for (int u = 1; u < U; ++u) high = _mm512_add_epi32(high, acc[u][n][0]), low = _mm512_add_epi32(low, acc[u][n][1]);
-        total[n] = _mm512_add_ps(total[n], _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low)));
+        for (int u = 1; u < U; ++u)
+          upper = _mm512_add_epi32(upper, acc[u][n][0]), lower = _mm512_add_epi32(lower, acc[u][n][1]);
+        total[n] = _mm512_add_ps(total[n], _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(upper, 8), lower)));
       }
     }
     PUMICE_UNROLL

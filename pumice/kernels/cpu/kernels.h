@@ -103,15 +103,13 @@ struct ByteRow {
   // Columns whose products fit 32 bits in each of sixteen sums.
   static constexpr int64_t kStretch = 8192;
 
+  // In bytes from its beginning: a float, what one of sixteen bits stands for (NaN where the row is not finite); the higher and
+  // the lower bytes, each filled up with zeros; sixteen 32-bit numbers for each stretch.
+  static constexpr int64_t kHigh = 64;
   static int64_t padded(int64_t I) { return (I + 63) / 64 * 64; }
-  static int64_t stretches(int64_t I) { return (I + kStretch - 1) / kStretch; }
-  static int64_t bytes(int64_t I) { return 64 + 2 * padded(I) + 64 * stretches(I); }
-
-  // `unit` is what one of sixteen bits stands for, NaN where the row is not finite.
-  static float* unit(uint8_t* row) { return (float*)row; }
-  static int8_t* high(uint8_t* row) { return (int8_t*)row + 64; }
-  static int8_t* low(uint8_t* row, int64_t I) { return high(row) + padded(I); }
-  static int32_t* start(uint8_t* row, int64_t I) { return (int32_t*)(low(row, I) + padded(I)); }  // [stretches, 16]
+  static int64_t low(int64_t I) { return kHigh + padded(I); }
+  static int64_t start(int64_t I) { return low(I) + padded(I); }
+  static int64_t size(int64_t I) { return start(I) + (I + kStretch - 1) / kStretch * 64; }
 };
 
 }  // namespace

@@ -144,7 +144,7 @@ Form form_of(const Matrix& w, const Kernels& kernels) {
 bool input_of(const Matrix& w, const Kernels& kernels, const void* x, int64_t rows, Input* out) {
   const Form form = form_of(w, kernels);
   if (form == kSplit) {
-    const int64_t bytes = ByteRow::bytes(w.I);
+    const int64_t bytes = ByteRow::size(w.I);
     uint8_t* copy = (uint8_t*)scratch(2, (size_t)(rows * bytes));
     if (!copy) return false;
     for (int64_t row = 0; row < rows; ++row) kernels.split((const BF16*)x + row * w.I, w.I, copy + row * bytes);

@@ -31,17 +31,22 @@ void fill_chunk(const Fill& f, int64_t chunk, int64_t* at) {
   const int64_t tiles = tile_count(w), first = chunk * w.height, rows = std::min(w.height, w.O - first);
   // Where the next number of each row goes, by tile; a row's pairs are kStep apart.
   for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t group = chunk * tiles + t;
+    const int64_t group = chunk * tiles + t, slices = w.height / kSlice;
     int64_t start = w.starts[group];
-    for (int64_t s = 0; s < w.height / kSlice; ++s) {
-      const int64_t stored = w.steps[group * (w.height / kSlice) + s] * kStep;
-      for (int64_t l = 0; l < kSlice; ++l) at[w.order[group * w.height + s * kSlice + l] * tiles + t] = start + 2 * l;
-      start += stored;
-    }
     // A matrix of zeros has no address for its values.
-    const size_t stored = (size_t)(w.starts[group + 1] - w.starts[group]);
-    if (stored) memset((T*)f.to_values + w.starts[group], 0, stored * sizeof(T));
-    if (stored) memset(f.to_columns + w.starts[group], 0, stored);
+    const size_t stored = (size_t)(w.starts[group + 1] - start);
+    if (stored) memset((T*)f.to_values + start, 0, stored * sizeof(T));
+    if (stored) memset(f.to_columns + start, 0, stored);
+    for (int64_t s = 0; s < slices; ++s) {
+      const int64_t steps = w.steps[group * slices + s];
+      for (int64_t l = 0; l < kSlice; ++l) {
+        const int64_t pair = start + 2 * l;
+        at[w.order[group * w.height + s * kSlice + l] * tiles + t] = pair;
+        // What stays if the row is empty, so that it can be told from one with a number at offset 0.
+        if (steps) f.to_columns[pair] = f.to_columns[pair + 1] = 1;
+      }
+      start += steps * kStep;
+    }
   }
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t k = f.from->starts[first + r]; k < f.from->starts[first + r + 1]; ++k) {
@@ -49,21 +54,9 @@ void fill_chunk(const Fill& f, int64_t chunk, int64_t* at) {
       int64_t& next = at[r * tiles + column / kTile];
       ((T*)f.to_values)[next] = ((const T*)f.values)[k];
       f.to_columns[next] = (uint8_t)(column % kTile);
+      if (next % 2 == 0) f.to_columns[next + 1] = 0;
       next += next % 2 ? kStep - 1 : 1;
     }
-  // A row that is filled up from its first pair on has offset 1 there, so that it can be told from one with a number at offset 0.
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t group = chunk * tiles + t;
-    int64_t start = w.starts[group];
-    for (int64_t s = 0; s < w.height / kSlice; ++s) {
-      const int64_t stored = w.steps[group * (w.height / kSlice) + s] * kStep;
-      for (int64_t l = 0; stored && l < kSlice; ++l) {
-        const int64_t pair = start + 2 * l;
-        if (at[w.order[group * w.height + s * kSlice + l] * tiles + t] == pair) f.to_columns[pair] = f.to_columns[pair + 1] = 1;
-      }
-      start += stored;
-    }
-  }
 }
 
 void fill_pieces(int64_t first, int64_t last, void* context) {
