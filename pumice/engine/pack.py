@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ from pumice.core.errors import PumiceError
 from pumice.core.progress import bar
 from pumice.core.view import WeightView, module_views
 from pumice.engine import verdicts
+from pumice.engine.convolve import Packing, Site, look, pack_others, pack_site, unfuse_convolutions
 from pumice.engine.fuse import fuse, unfuse
 from pumice.engine.layer_timing import Timing, Verdict, measure
 from pumice.engine.pages import gather_weights
@@ -24,7 +25,15 @@ from pumice.weights.grid import Coding, kept
 from pumice.weights.layouts.base import LayoutRefused, Packed, pack_smallest, repack
 from pumice.weights.layouts.base import pack as pack_as
 from pumice.weights.layouts.base import unpack as unpack_matrix
-from pumice.weights.modules import SparseLinear, SparseModule, densify, reads_weight, replace_module, sparse_twin
+from pumice.weights.modules import (
+    SparseConv2d,
+    SparseLinear,
+    SparseModule,
+    densify,
+    reads_weight,
+    replace_module,
+    sparse_twin,
+)
 
 FLOATS = ("bfloat16", "float16", "float32")
 COLD_BYTES = 128 << 20
@@ -82,6 +91,7 @@ def pack(
     *,
     batch: int | Sequence[int] = (1,),
     values: str | Mapping[str, Any] | None = None,
+    example: Any = None,
     remeasure: bool = False,
     progress: bool = True,
 ) -> nn.Module:
@@ -93,16 +103,19 @@ def pack(
     A decoder of a family that `fuse` knows then takes single tokens through all its layers in one call. On Linux the
     weights are gathered into huge pages.
     What was measured on this machine before, for such a layer, is not measured again.
+    With an `example` convolutions are packed too (`pumice.engine.convolve`): timed at the sizes that they have with it, batch
+    norm and ReLU fused into them.
 
     Args:
         batch: rows to optimise for, e.g. 1 for decoding one sequence.
         values: "bfloat16", "float16" or "float32" to change the model's type first; "int8", "int4" (`pumice methods
             values`) to round every layer to integers, which are kept where they run fastest, whatever that costs in
             quality; None keeps the numbers as they are: layers that were quantised before still run as integers.
+        example: an input of the model, such as images [N, C, H, W], N as many as it will be given at once.
         remeasure: time everything again, whatever was measured before.
 
     Raises:
-        PumiceError: a batch size below 1, or an unknown type of values.
+        PumiceError: a batch size below 1, an unknown type of values, or an example that the model does not take.
     """
     rows = sorted({batch} if isinstance(batch, int) else set(batch))
     if not rows or any(not isinstance(size, int) or size < 1 for size in rows):
@@ -112,11 +125,13 @@ def pack(
         model = model.to(getattr(torch, values))
     elif values is not None:
         coding = _coding(values)
+    found = None if example is None else look(unfuse_convolutions(model), _as_model(model, example))
+    sites = [] if found is None else found.sites
     jobs = list(_packable(model))
     budget = min(COLD_BYTES, sum(packed.dense_nbytes for _, _, packed in jobs))
     measured: dict[Any, list[Verdict]] = {}
     choices: list[LayerChoice] = []
-    with bar(len(jobs), "pack", enabled=progress, unit="layer") as shown, torch.no_grad():
+    with bar(len(jobs) + len(sites), "pack", enabled=progress, unit="layer") as shown, torch.no_grad():
         for name, module, packed in jobs:
             wanted = _as_integers(name, module, packed, coding)
             choice, new = _fastest(
@@ -126,7 +141,14 @@ def pack(
             if new is not module:
                 model = replace_module(model, name, new)
             shown.update()
-    choices += _kept(model)
+        for site in sites:
+            packing = pack_site(site, remeasure)
+            choices.append(_convolution_choice(site, packing))
+            model = replace_module(model, site.name, packing.module)
+            shown.update()
+        if found is not None:
+            pack_others(found, _dtype(model))
+    choices += _kept(model, {site.name for site in sites})
     gather_weights(model)
     with suppress(PumiceError):  # of another family, or with a layer that no kernel for single tokens runs
         fuse(model)
@@ -137,7 +159,7 @@ def pack(
 def unpack(model: nn.Module) -> nn.Module:
     """Every sparse layer as an ordinary dense one again, zeros written out, in place; returns the model."""
     model.__dict__.pop("_pumice_description", None)
-    return densify(unfuse(model))
+    return densify(unfuse(unfuse_convolutions(model)))
 
 
 def describe(model: nn.Module) -> Description:
@@ -186,17 +208,46 @@ def _as_integers(name: str, module: nn.Module, packed: Packed, coding: Coding | 
     return pack_smallest(w_OI, None, grid)
 
 
-def _kept(model: nn.Module) -> list[LayerChoice]:
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _as_model(model: nn.Module, example: Any) -> Any:
+    """An example's floating-point tensor in the model's type, which `values` may have changed."""
+    return example.to(_dtype(model)) if isinstance(example, torch.Tensor) and example.is_floating_point() else example
+
+
+def _convolution_choice(site: Site, packing: Packing) -> LayerChoice:
+    packed, verdict, images = packing.packed, packing.verdict, site.shape[0]
+    return LayerChoice(
+        site.name,
+        packed.shape,
+        _density(packed),
+        packed.layout,
+        packed.params,
+        verdict.backends,
+        {images: verdict.ms(images)},
+        {images: verdict.best_dense[images].ms or 0.0},
+        packed.nbytes + packing.extra,
+        packed.dense_nbytes,
+        verdict.reason,
+        verdict.timings,
+    )
+
+
+def _kept(model: nn.Module, done: Container[str] = ()) -> list[LayerChoice]:
     """Weights that stay dense in memory because no sparse kernel runs their kind of layer."""
     found = []
     for name, module in model.named_modules():
-        if isinstance(module, SparseModule):
+        if isinstance(module, SparseModule) or name in done:
             continue
         reason = "no sparse kernel runs this kind of layer"
         if sparse_twin(module) is SparseLinear:
             if not reads_weight(model, name):
                 continue
             reason = "the model's own code reads this weight at every call"
+        elif sparse_twin(module) is SparseConv2d:
+            reason = "convolutions are timed where pack is given an example"
         for view in module_views(name, module):
             found.append(_dense_choice(view, reason))
     return found

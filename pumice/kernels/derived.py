@@ -6,18 +6,20 @@ A layer's backends, and the operators of a graph at every call, so share one cop
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
 Made = TypeVar("Made")
 _kept = WeakTensorKeyDictionary()
 
 
-def _state(tensor: Tensor) -> tuple[int, int]:
-    # Inference tensors count no versions.
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+def _state(tensor: Tensor) -> Any:
+    # Not the address alone: other numbers may come to stand where these were. Inference tensors count no versions.
+    memory = StorageWeakRef(tensor.untyped_storage())
+    return memory, tensor.data_ptr(), tensor.dtype, 0 if tensor.is_inference() else tensor._version
 
 
 def derived(sources: Sequence[Tensor], make: Callable[[], Made]) -> Made:

@@ -48,7 +48,7 @@ def _prepare_unpack(packed: Packed, bias: Tensor | None) -> Run:
 
 
 @cache
-def _onednn_missing(dtype: torch.dtype) -> str | None:
+def onednn_missing(dtype: torch.dtype) -> str | None:
     """Why oneDNN cannot run prepacked weights of this dtype here, or None; found out by trying it once."""
     if not torch.backends.mkldnn.is_available():
         return "this PyTorch is built without oneDNN"
@@ -72,7 +72,7 @@ def _onednn(weight_OI: Tensor, bias_O: Tensor | None) -> Run:
 
 def _refuse_onednn(call: Call) -> str | None:
     reason = limits(call, devices=("cpu",), dtypes=(torch.bfloat16, torch.float32, torch.float16))
-    return reason or _onednn_missing(call.dtype)
+    return reason or onednn_missing(call.dtype)
 
 
 def _prepare_onednn(packed: Packed, bias: Tensor | None) -> Run:

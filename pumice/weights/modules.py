@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from functools import cache
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from pumice.core import dispatch
+from pumice.core.convolution import Convolution
 from pumice.core.errors import PumiceError
 from pumice.core.view import WeightView
 from pumice.weights.grid import keep
@@ -83,8 +86,9 @@ class SparseLinear(SparseModule):
 class SparseConv2d(SparseModule):
     """`nn.Conv2d` with its weight, flattened to [O, I], stored in any layout.
 
-    A plain 1 x 1 convolution is a linear layer over pixels and runs through the sparse kernels. Any other one unpacks
-    its weight for each call and convolves densely: it saves bytes, not time (`runs_sparse` tells which).
+    At inference the weight stays packed where a kernel convolves it (the op `conv2d`; none does in groups). Elsewhere, with
+    gradients, in a graph or under autocast, the weight is unpacked for each call and convolved densely, a plain 1 x 1
+    convolution excepted, which is a linear layer over pixels: that saves bytes, not time (`runs_sparse` tells which).
     """
 
     kind: ClassVar[str] = "conv2d"
@@ -106,6 +110,8 @@ class SparseConv2d(SparseModule):
         self.in_channels = packed.shape[1] // (kernel_size[0] * kernel_size[1]) * groups
         self.kernel_size, self.stride, self.padding, self.dilation = kernel_size, stride, padding, dilation
         self.groups, self.padding_mode = groups, padding_mode
+        both = {"groups": groups, "zeros": int(padding_mode == "zeros")}
+        self._params = {**both, **{f"kernel_{a}": size for a, size in zip("hw", kernel_size, strict=True)}}
         # nn.Conv2d's own convolution reads this where the padding is not with zeros.
         self._reversed_padding_repeated_twice = self._empty_twin()._reversed_padding_repeated_twice
 
@@ -138,14 +144,37 @@ class SparseConv2d(SparseModule):
         return sparse.train(module.training)
 
     @property
+    def how(self) -> Convolution:
+        """What the op `conv2d` takes beside the weight."""
+        return Convolution.of(self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
+
+    @property
     def runs_sparse(self) -> bool:
         """Whether the sparse kernels run it, so that time is saved and not only bytes."""
-        return (
-            self.kernel_size == (1, 1)
-            and self.stride == (1, 1)
-            and self.groups == 1
-            and self.padding in ((0, 0), "valid", "same")
-        )
+        return self._pixelwise or self._backend() is not None
+
+    @property
+    def _pixelwise(self) -> bool:
+        plain = self.kernel_size == (1, 1) and self.stride == (1, 1) and self.groups == 1
+        return plain and self.padding in ((0, 0), "valid", "same")
+
+    def _backend(self) -> dispatch.Backend | None:
+        packed = self.packed
+        call = dispatch.Call("conv2d", self.layout, packed.dtype, str(packed.device), 1, packed.shape, self._params)
+        return next((backend for backend, reason in dispatch.candidates(call) if reason is None), None)
+
+    def convolution(self) -> Callable[..., Tensor] | None:
+        """`run(x_NCHW, how) -> y_NOHW` by the kernel that convolves the packed weight, bound to it as it is now, or None."""
+        bound = self._bound
+        if bound is None or bound.stale(self._parameters, self._value_name):
+            bound = self._bind()
+        if bound.convolve is None:
+            backend = self._backend()
+            bound.convolve = False
+            if backend is not None:
+                bound.convolve = backend.prepare(self.packed, None if bound.bias is None else bound.bias.detach())
+                bound.extras.add(backend.extra)
+        return bound.convolve or None
 
     def dense_weight(self) -> Tensor:
         return super().dense_weight().unflatten(1, (-1, *self.kernel_size))
@@ -154,7 +183,11 @@ class SparseConv2d(SparseModule):
         return _fill(self._empty_twin(), self)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.runs_sparse:
+        if not torch.compiler.is_compiling() and type(x) is Tensor and x.dim() == 4 and self.infers(x):
+            run = self.convolution()
+            if run is not None:
+                return run(x, self.how)
+        if self._pixelwise:
             return self._matmul(x.movedim(-3, -1)).movedim(-1, -3)
         return nn.Conv2d._conv_forward(cast(Any, self), x, self.dense_weight(), self.bias)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ MAX_REMEMBERED = 4096
 class _Bound:
     """What the hot path needs of one layer, gathered once: backends bound to the tensors as they are now."""
 
-    __slots__ = ("bias", "by_backend", "dtype", "extras", "runs", "values", "version")
+    __slots__ = ("bias", "by_backend", "convolve", "dtype", "extras", "runs", "values", "version")
 
     def __init__(self, values: Tensor, bias: Tensor | None) -> None:
         self.values, self.bias, self.dtype = values, bias, values.dtype
@@ -33,6 +33,8 @@ class _Bound:
         self.version = None if values.is_inference() else values._version
         self.runs: dict[int, Callable[[Tensor], Tensor]] = {}
         self.by_backend: dict[str, Callable[[Tensor], Tensor]] = {}
+        # False where no backend convolves; None before it was asked for.
+        self.convolve: Callable[..., Tensor] | Literal[False] | None = None
         self.extras: set[Callable[[Any], int]] = set()
 
     def stale(self, parameters: Mapping[str, Tensor | None], name: str) -> bool:
@@ -152,6 +154,16 @@ class SparseModule(nn.Module):
         rows = shape[:-1].numel()
         run = bound.runs.get(rows) or self._run_for(rows)
         return run(x.reshape(rows, i)).view(*shape[:-1], o)
+
+    def infers(self, x: Tensor) -> bool:
+        """Whether a prepared backend may run x: no gradients are wanted, and its type is the layer's."""
+        learns = x.requires_grad or any(
+            parameter.requires_grad for parameter in self._parameters.values() if parameter is not None
+        )
+        if (torch.is_grad_enabled() and learns) or torch.is_autocast_enabled(x.device.type):
+            return False
+        values = self._parameters[self._value_name]
+        return values is not None and x.dtype is values.dtype and x.device == values.device
 
     def _traced(self, x: Tensor) -> Tensor:
         x_RI = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])

@@ -13,6 +13,7 @@
 #include "driver.h"
 #include "coded.h"
 #include "grouped_tile.h"
+#include "conv_kernel.h"
 #include "decoder_pieces.h"
 
 namespace pumice {
@@ -232,6 +233,18 @@ const TileKernels tiles = {
     {{1, few_product<Few256<BF16>>, true, {8, 16}, {many_product<Many8<BF16>>, many_product<Many16<BF16>>}, true},
      {1, few_product<Few256<float>>, false, {8, 16}, {many_product<Many8<float>>, many_product<Many16<float>>}, false}}};
 
+struct Conv256 {
+  typedef __m256 Reg;
+  static constexpr int kLanes = 8;
+  static Reg get(const float* p) { return _mm256_loadu_ps(p); }
+  static void put(float* p, Reg r) { _mm256_storeu_ps(p, r); }
+  static Reg spread(float v) { return _mm256_set1_ps(v); }
+  static Reg fma(Reg sum, Reg w, Reg x) { return _mm256_fmadd_ps(w, x, sum); }
+  // Of two operands the second is what remains where one is no number.
+  static Reg clamp(Reg v, Reg least, Reg most) { return _mm256_min_ps(most, _mm256_max_ps(least, v)); }
+};
+const ConvKernels convolutions = conv_kernels<Conv256>();
+
 const DecoderKernels decoder_pieces[] = {pieces_of<AnyHead, BF16>(), pieces_of<AnyHead, float>()};
 
 }  // namespace
@@ -240,6 +253,7 @@ const Kernels* avx2_kernels() { return &table; }
 const StagePiece* avx2_stages() { return stages; }
 const TileKernels* avx2_tiles() { return &tiles; }
 const DecoderKernels* avx2_decoder() { return decoder_pieces; }
+const ConvKernels* avx2_conv() { return &convolutions; }
 
 }  // namespace pumice
 
@@ -249,6 +263,7 @@ const DecoderKernels* avx2_decoder() { return decoder_pieces; }
 
 #else
 
+#include "conv.h"
 #include "decoder.h"
 #include "grouped.h"
 #include "tiles.h"
@@ -258,6 +273,7 @@ const Kernels* avx2_kernels() { return nullptr; }
 const StagePiece* avx2_stages() { return nullptr; }
 const TileKernels* avx2_tiles() { return nullptr; }
 const DecoderKernels* avx2_decoder() { return nullptr; }
+const ConvKernels* avx2_conv() { return nullptr; }
 }  // namespace pumice
 
 #endif

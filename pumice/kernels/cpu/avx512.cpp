@@ -17,6 +17,7 @@
 #include "avx512_grouped.h"
 #include "avx512_tiles.h"
 #include "avx512_blocks.h"
+#include "avx512_conv.h"
 #include "decoder_pieces.h"
 
 namespace pumice {
@@ -62,6 +63,8 @@ const TileKernels tiles = {
     {{3, few_product<FewWords512<InFloats512, 3>>, false, {16, 16}, {many_product<ManyBf16>, many_product<ManyBf16>}, true},
      {1, few_product<FewFloats512>, false, {16, 16}, {many_product<ManyFp32>, many_product<ManyFp32>}, false}}};
 
+const ConvKernels convolutions = conv_kernels<Conv512>();
+
 const DecoderKernels decoder_pieces[] = {pieces_of<AnyHead, BF16>(), pieces_of<AnyHead, float>()};
 
 }  // namespace
@@ -70,6 +73,7 @@ const Kernels* avx512_kernels() { return &table; }
 const StagePiece* avx512_stages() { return stages; }
 const TileKernels* avx512_tiles() { return &tiles; }
 const DecoderKernels* avx512_decoder() { return decoder_pieces; }
+const ConvKernels* avx512_conv() { return &convolutions; }
 
 }  // namespace pumice
 
@@ -79,6 +83,7 @@ const DecoderKernels* avx512_decoder() { return decoder_pieces; }
 
 #else
 
+#include "conv.h"
 #include "decoder.h"
 #include "grouped.h"
 #include "tiles.h"
@@ -88,6 +93,7 @@ const Kernels* avx512_kernels() { return nullptr; }
 const StagePiece* avx512_stages() { return nullptr; }
 const TileKernels* avx512_tiles() { return nullptr; }
 const DecoderKernels* avx512_decoder() { return nullptr; }
+const ConvKernels* avx512_conv() { return nullptr; }
 }  // namespace pumice
 
 #endif

@@ -29,6 +29,14 @@ namespace {
 
 inline __m512bh pairs(__m512i v) { return (__m512bh)v; }
 
+}  // namespace
+}  // namespace pumice
+
+#include "avx512_pairs.h"
+
+namespace pumice {
+namespace {
+
 inline __m512i expand16(uint32_t mask, const void* p) {
   return _mm512_mask_expand_epi16(zero(), (__mmask32)mask, in_register(_mm512_loadu_si512(p)));
 }
@@ -494,6 +502,9 @@ struct PairsHead {
   }
 };
 
+const ConvKernels convolutions = {
+    {{pair_product, 32, kPairPositions, true}, {conv_product<Conv512, float>, 16, kPositions, false}}};
+
 const DecoderKernels decoder_pieces[] = {pieces_of<PairsHead, BF16>(), pieces_of<AnyHead, float>()};
 
 }  // namespace
@@ -502,6 +513,7 @@ const Kernels* avx512_bf16_kernels() { return &table; }
 const StagePiece* avx512_bf16_stages() { return stages; }
 const TileKernels* avx512_bf16_tiles() { return &tiles; }
 const DecoderKernels* avx512_bf16_decoder() { return decoder_pieces; }
+const ConvKernels* avx512_bf16_conv() { return &convolutions; }
 const LaneKernels* avx512_bf16_lanes() { return &lane_kernels; }
 
 }  // namespace pumice
@@ -512,6 +524,7 @@ const LaneKernels* avx512_bf16_lanes() { return &lane_kernels; }
 
 #else
 
+#include "conv.h"
 #include "decoder.h"
 #include "grouped.h"
 #include "lanes.h"
@@ -522,6 +535,7 @@ const Kernels* avx512_bf16_kernels() { return nullptr; }
 const StagePiece* avx512_bf16_stages() { return nullptr; }
 const TileKernels* avx512_bf16_tiles() { return nullptr; }
 const DecoderKernels* avx512_bf16_decoder() { return nullptr; }
+const ConvKernels* avx512_bf16_conv() { return nullptr; }
 const LaneKernels* avx512_bf16_lanes() { return nullptr; }
 }  // namespace pumice
 

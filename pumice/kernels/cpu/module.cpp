@@ -8,6 +8,7 @@
 
 #include "attention.h"
 #include "blocks.h"
+#include "conv.h"
 #include "decoder.h"
 #include "features.h"
 #include "gram.h"
@@ -27,6 +28,7 @@ const StagePiece* active_stages = nullptr;
 const TileKernels* active_tiles = nullptr;
 const DecoderKernels* active_decoder = nullptr;
 const LaneKernels* active_lanes = nullptr;
+const ConvKernels* active_conv = nullptr;
 
 struct Choice {
   const char* name;
@@ -35,6 +37,7 @@ struct Choice {
   const TileKernels* (*tiles)();
   const DecoderKernels* (*decoder)();
   const LaneKernels* (*lanes)();
+  const ConvKernels* (*conv)();
   const char* needs[9];
 };
 
@@ -42,13 +45,17 @@ const LaneKernels* no_lanes() { return nullptr; }
 
 const Choice choices[] = {
     {"avx512_bf16",
-     avx512_bf16_kernels, avx512_bf16_stages, avx512_bf16_tiles, avx512_bf16_decoder, avx512_bf16_lanes,
+     avx512_bf16_kernels, avx512_bf16_stages, avx512_bf16_tiles, avx512_bf16_decoder, avx512_bf16_lanes, avx512_bf16_conv,
      {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vbmi2", "avx512_vnni", "avx512_bf16", "bmi2", nullptr}},
     {"avx512",
-     avx512_kernels, avx512_stages, avx512_tiles, avx512_decoder, no_lanes,
+     avx512_kernels, avx512_stages, avx512_tiles, avx512_decoder, no_lanes, avx512_conv,
      {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "bmi2", nullptr}},
-    {"avx2", avx2_kernels, avx2_stages, avx2_tiles, avx2_decoder, no_lanes, {"avx2", "fma", "popcnt", "bmi2", nullptr}},
-    {"portable", portable_kernels, portable_stages, portable_tiles, portable_decoder, no_lanes, {nullptr}},
+    {"avx2",
+     avx2_kernels, avx2_stages, avx2_tiles, avx2_decoder, no_lanes, avx2_conv,
+     {"avx2", "fma", "popcnt", "bmi2", nullptr}},
+    {"portable",
+     portable_kernels, portable_stages, portable_tiles, portable_decoder, no_lanes, portable_conv,
+     {nullptr}},
 };
 
 // Null, or the first feature that is missing; "code" where this build lacks the kernels.
@@ -61,7 +68,7 @@ const char* missing(const Choice& choice) {
 void take(const Choice& choice) {
   active = choice.kernels(), active_stages = choice.stages();
   active_tiles = choice.tiles(), active_decoder = choice.decoder();
-  active_lanes = choice.lanes();
+  active_lanes = choice.lanes(), active_conv = choice.conv();
 }
 
 // What a capsule is called, by what it holds.
@@ -74,6 +81,11 @@ struct Plan<Matrix> {
 template <>
 struct Plan<Tiles> {
   static constexpr const char* name = "pumice._native.tiles";
+};
+
+template <>
+struct Plan<Taps> {
+  static constexpr const char* name = "pumice._native.taps";
 };
 
 template <>
@@ -353,6 +365,62 @@ PyObject* run_tiles_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
   bool enough;
   Py_BEGIN_ALLOW_THREADS
   enough = run_tiles(*w, *active_tiles, address<void>(v[0]), v[1], (void*)(intptr_t)v[2], v[3]);
+  Py_END_ALLOW_THREADS
+  if (!enough) return PyErr_NoMemory();
+  Py_RETURN_NONE;
+}
+
+// plan_taps(values, count, offsets, starts, order, bias or 0, O, I, part, dtype) -> plan
+PyObject* plan_taps(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long v[10];
+  if (!integers(args, count, 10, v)) return nullptr;
+  Taps w = {};
+  w.values = address<void>(v[0]), w.count = v[1], w.offsets = address<uint16_t>(v[2]), w.starts = address<int32_t>(v[3]);
+  w.order = address<int32_t>(v[4]), w.bias = address<float>(v[5]), w.O = v[6], w.I = v[7], w.part = v[8];
+  w.dtype = (int)v[9];
+  bool fits = w.O >= 0 && w.I > 0 && w.part > 0 && w.part <= kMostColumns && (w.dtype == kBF16 || w.dtype == kF32);
+  const int64_t parts = fits ? part_count(w) : 0;
+  int64_t at = 0;
+  for (int64_t p = 0; fits && p < parts; ++p) {
+    const int32_t* starts = w.starts + p * (w.O + 1);
+    const int64_t columns = (w.I - p * w.part < w.part ? w.I - p * w.part : w.part) * kColumn;
+    fits = starts[0] == at;
+    for (int64_t o = 0; fits && o < w.O; ++o)
+      fits = starts[o] <= starts[o + 1] && w.order[p * w.O + o] / kOutputs == o / kOutputs && w.order[p * w.O + o] < w.O;
+    fits = fits && starts[w.O] <= w.count;
+    for (; fits && at < starts[w.O]; ++at) fits = w.offsets[at] < columns && w.offsets[at] % kColumn == 0;
+  }
+  if (!fits || at != w.count) {
+    PyErr_SetString(PyExc_ValueError, "the positions do not match the matrix");
+    return nullptr;
+  }
+  return plan_of(w, w.dtype);
+}
+
+// run_conv(plan, x, y, add or 0, N, C, H, W, kernel, stride, before, dilation, out: rows and columns, least, most: bits of
+// float32, threads)
+PyObject* run_conv_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long v[20];
+  const Taps* w = count ? (const Taps*)PyCapsule_GetPointer(args[0], Plan<Taps>::name) : nullptr;
+  if (PyErr_Occurred() || !integers(args + 1, count - 1, 20, v)) return nullptr;
+  Conv c = {};
+  c.add = address<void>(v[2]), c.N = v[3], c.C = v[4], c.H = v[5], c.W = v[6];
+  for (int a = 0; a < 2; ++a) {
+    c.kernel[a] = v[7 + a], c.stride[a] = v[9 + a], c.before[a] = v[11 + a], c.dilation[a] = v[13 + a];
+    c.out[a] = v[15 + a];
+  }
+  const int32_t bits[2] = {(int32_t)v[17], (int32_t)v[18]};
+  memcpy(&c.least, bits, 4), memcpy(&c.most, bits + 1, 4);
+  bool fits = c.N >= 0 && c.C >= 0 && c.H >= 0 && c.W >= 0 && c.C * c.kernel[0] * c.kernel[1] == w->I;
+  for (int a = 0; a < 2; ++a)
+    fits = fits && c.kernel[a] > 0 && c.stride[a] > 0 && c.before[a] >= 0 && c.dilation[a] > 0 && c.out[a] >= 0;
+  if (!fits) {
+    PyErr_SetString(PyExc_ValueError, "the convolution does not fit the matrix");
+    return nullptr;
+  }
+  bool enough;
+  Py_BEGIN_ALLOW_THREADS
+  enough = run_conv(*w, *active_conv, c, address<void>(v[0]), (void*)(intptr_t)v[1], v[19]);
   Py_END_ALLOW_THREADS
   if (!enough) return PyErr_NoMemory();
   Py_RETURN_NONE;
@@ -646,6 +714,9 @@ PyMethodDef methods[] = {
     {"plan_tiles", fast(plan_tiles), METH_FASTCALL,
      "(values, columns, order, steps, starts, bias, O, I, height, dtype) -> plan"},
     {"run_tiles", fast(run_tiles_of), METH_FASTCALL, "(plan, x, rows, y, threads)"},
+    {"plan_taps", fast(plan_taps), METH_FASTCALL,
+     "(values, count, offsets, starts, order, bias, O, I, part, dtype) -> plan"},
+    {"run_conv", fast(run_conv_of), METH_FASTCALL, "A convolution; see run_conv_of."},
     {"plan_lanes", fast(plan_lanes), METH_FASTCALL,
      "(codes, stored, scales, groups, order, steps, starts, sums, bias, O, I, group, height) -> plan"},
     {"run_lanes", fast(run_lanes_of), METH_FASTCALL, "(plan, x, rows, y, threads)"},

@@ -2,6 +2,7 @@
 #include "driver.h"
 #include "blocks_kernel.h"
 #include "coded.h"
+#include "conv_kernel.h"
 #include "grouped_tile.h"
 #include "tiles_kernel.h"
 #include "decoder_pieces.h"
@@ -220,6 +221,27 @@ const TileKernels tiles = {
     {{1, few_product<FewTiles<BF16>>, false, {8, 8}, {many_product<ManyBf16>, many_product<ManyBf16>}, true},
      {1, few_product<FewTiles<float>>, false, {8, 8}, {many_product<ManyFp32>, many_product<ManyFp32>}, false}}};
 
+struct PlainConv {
+  typedef Eight Reg;
+  static constexpr int kLanes = 8;
+  static Reg get(const float* p) {
+    Reg r;
+    memcpy(r.v, p, sizeof r.v);
+    return r;
+  }
+  static void put(float* p, const Reg& r) { memcpy(p, r.v, sizeof r.v); }
+  static Reg spread(float v) { return {{v, v, v, v, v, v, v, v}}; }
+  static Reg fma(Reg sum, const Reg& w, const Reg& x) {
+    for (int i = 0; i < 8; ++i) sum.v[i] += w.v[i] * x.v[i];
+    return sum;
+  }
+  static Reg clamp(Reg r, const Reg& least, const Reg& most) {
+    for (int i = 0; i < 8; ++i) r.v[i] = clamped(r.v[i], least.v[i], most.v[i]);
+    return r;
+  }
+};
+const ConvKernels convolutions = conv_kernels<PlainConv>();
+
 const DecoderKernels decoder_pieces[] = {pieces_of<AnyHead, BF16>(), pieces_of<AnyHead, float>()};
 
 }  // namespace
@@ -228,5 +250,6 @@ const Kernels* portable_kernels() { return &table; }
 const StagePiece* portable_stages() { return stages; }
 const TileKernels* portable_tiles() { return &tiles; }
 const DecoderKernels* portable_decoder() { return decoder_pieces; }
+const ConvKernels* portable_conv() { return &convolutions; }
 
 }  // namespace pumice

@@ -1,0 +1,54 @@
+"""How a 2-D convolution is done, apart from its weight: what the op `conv2d` takes beside a stored matrix.
+
+Legend: N images, C channels, H rows, W columns, O outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """Kernel, stride, zeros added before and after, dilation (rows first, then columns), and the range of the result.
+
+    `clamp` is (-inf, inf) for a plain convolution, (0, inf) with a ReLU behind it, (0, 6) with a ReLU6.
+    """
+
+    kernel_size: Pair
+    stride: Pair = (1, 1)
+    before: Pair = (0, 0)
+    after: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+    clamp: tuple[float, float] = (-math.inf, math.inf)
+
+    @classmethod
+    def of(
+        cls,
+        kernel_size: Pair,
+        stride: Pair,
+        padding: Sequence[int] | str,
+        dilation: Pair,
+        groups: int = 1,
+        clamp: tuple[float, float] = (-math.inf, math.inf),
+    ) -> Convolution:
+        """From what `nn.Conv2d` holds: `padding` is two numbers, "valid" or "same"."""
+        if padding == "same":
+            whole = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
+            before, after = (whole[0] // 2, whole[1] // 2), (whole[0] - whole[0] // 2, whole[1] - whole[1] // 2)
+            return cls(kernel_size, stride, before, after, dilation, groups, clamp)
+        both = (0, 0) if isinstance(padding, str) else (padding[0], padding[1])
+        return cls(kernel_size, stride, both, both, dilation, groups, clamp)
+
+    def output(self, height: int, width: int) -> Pair:
+        """Rows and columns of the result; none where the kernel does not fit."""
+        found = []
+        for axis, size in enumerate((height, width)):
+            room = size + self.before[axis] + self.after[axis] - self.dilation[axis] * (self.kernel_size[axis] - 1) - 1
+            found.append(room // self.stride[axis] + 1 if room >= 0 else 0)
+        return found[0], found[1]

@@ -1,0 +1,472 @@
+"""Convolutions at inference: batch norm folded and ReLU in the same pass, each convolution dense or sparse as measured.
+
+One run on an example shows what follows each convolution. Where a batch norm does, and nothing else reads what stands between,
+the convolution takes the norm's scale and shift into a copy of its weight, and a ReLU behind that into its last step; the norm
+and the ReLU then pass their input on. Modules, names and weights stay as they are, so that saving, training and
+`unfuse_convolutions` find the ordinary model, and whoever asks for gradients gets its ordinary computation.
+
+Legend: N images, C channels, H rows, W columns, O outputs, I inputs of an output (kernel positions included).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pumice.core import dispatch
+from pumice.core.calls import call_model, tensors
+from pumice.core.convolution import Convolution
+from pumice.core.errors import PumiceError
+from pumice.engine import verdicts
+from pumice.engine.layer_timing import MARGIN, Timing, Verdict, time_in_turns
+from pumice.weights.layouts.base import Packed, pack, pack_smallest
+from pumice.weights.layouts.base import unpack as unpack_matrix
+from pumice.weights.modules import SparseConv2d
+
+COPIES = 8
+"""Copies of a layer that are rotated through while it is timed: in a network the layers drive each other out of the caches."""
+CLAMPS: dict[type[nn.Module], tuple[float, float]] = {nn.ReLU: (0.0, math.inf), nn.ReLU6: (0.0, 6.0)}
+Memory = StorageWeakRef | None
+"""What a tensor's numbers stand in."""
+
+
+@dataclass
+class Site:
+    """A convolution of a model, the shape of what it was given, and what follows it and can be fused."""
+
+    name: str
+    module: nn.Module
+    shape: tuple[int, ...]
+    norm: nn.Module | None = None
+    activation: nn.Module | None = None
+
+    @property
+    def clamp(self) -> tuple[float, float]:
+        return (-math.inf, math.inf) if self.activation is None else CLAMPS[type(self.activation)]
+
+
+@dataclass
+class _Seen:
+    """One run: how often each module was called, what it was given and gave, and who read the memory of each tensor.
+
+    Readers are modules that are looked at, or None for all the rest.
+    """
+
+    calls: dict[int, int] = field(default_factory=dict)
+    shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    inputs: dict[int, Memory] = field(default_factory=dict)
+    outputs: dict[int, Memory] = field(default_factory=dict)
+    readers: dict[Memory, list[nn.Module | None]] = field(default_factory=dict)
+    alive: list[Tensor] = field(default_factory=list)
+    """Memory that is given back would be taken for what comes to stand there."""
+    inside: int = 0
+
+    def memory(self, tensor: Tensor) -> Memory:
+        self.alive.append(tensor)
+        # Weights in an order of oneDNN's own have no storage, and nobody else reads them.
+        return None if tensor.layout is not torch.strided else StorageWeakRef(tensor.untyped_storage())
+
+    def read(self, values: Any, by: nn.Module | None) -> None:
+        for tensor in tensors(values):
+            self.readers.setdefault(self.memory(tensor), []).append(by)
+
+    def end(self) -> None:
+        """Let go of everything: what lives on is held by somebody, who may read it."""
+        self.alive.clear()
+        gc.collect()
+        for memory, found in self.readers.items():
+            if memory is None or not memory.expired():
+                found.append(None)
+
+    def next(self, module: nn.Module) -> nn.Module | None:
+        """The module that alone reads what this one gave, where both are called once."""
+        output = self.outputs.get(id(module))
+        if output is None or self.calls[id(module)] != 1:
+            return None
+        first, *others = self.readers.get(output, [None])
+        # What changes its input in place is all that the later readers see.
+        if first is None or self.calls[id(first)] != 1 or (others and self.outputs.get(id(first)) != output):
+            return None
+        return first
+
+    def last_reader(self, module: nn.Module) -> bool:
+        """Whether nothing else reads what the module was given after it."""
+        given = self.inputs.get(id(module))
+        return given is not None and self.calls[id(module)] == 1 and self.readers[given][-1] is module
+
+
+class _Readers(TorchDispatchMode):
+    def __init__(self, seen: _Seen) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.seen.inside:
+            self.seen.read([*args, *(kwargs or {}).values()], None)
+        return func(*args, **(kwargs or {}))
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    # Subclasses exist because they do something else.
+    return type(module) in (nn.Conv2d, SparseConv2d) and cast(Any, module).padding_mode == "zeros"
+
+
+@dataclass
+class Found:
+    """What one run of a model on an example showed."""
+
+    sites: list[Site]
+    activations: list[nn.Module]
+    """Those that no convolution takes in, and that may overwrite their input."""
+    pools: Sequence[tuple[nn.Module, tuple[int, ...]]]
+    """Max poolings, and the shapes of what they were given."""
+
+
+def look(model: nn.Module, example: Any) -> Found:
+    """Every convolution that one run on `example` calls once, in the order of the modules, and what can be faster beside them.
+
+    Raises:
+        PumiceError: the model does not take the example.
+    """
+    seen = _Seen()
+    named = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    wanted = {
+        name: module
+        for name, module in model.named_modules()
+        if (_is_convolution(module) or type(module) in (nn.BatchNorm2d, nn.MaxPool2d, *CLAMPS))
+        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    }
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not seen.inside:
+            seen.read([*args, *kwargs.values()], module)
+        seen.inside += 1
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        seen.inside -= 1
+        seen.calls[id(module)] = seen.calls.get(id(module), 0) + 1
+        given = next(tensors([*args, *kwargs.values()]), None)
+        if isinstance(output, Tensor) and given is not None:
+            seen.inputs[id(module)], seen.outputs[id(module)] = seen.memory(given), seen.memory(output)
+            seen.shapes[id(module)] = tuple(given.shape)
+
+    training = [module for module in model.modules() if module.training]
+    handles = [m.register_forward_pre_hook(before, with_kwargs=True) for m in wanted.values()]
+    handles += [m.register_forward_hook(after, with_kwargs=True) for m in wanted.values()]
+    try:
+        with torch.no_grad(), _Readers(seen):
+            result = call_model(model.eval(), example)
+        seen.end()
+        del result
+    except (RuntimeError, TypeError, ValueError, PumiceError) as error:
+        raise PumiceError(
+            f"example={_text(example)} cannot be run through {type(model).__name__} "
+            f"({str(error).splitlines()[0]}): give an input as the model takes it, images [N, C, H, W] for instance."
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in training:
+            module.training = True
+    sites = []
+    for name, module in wanted.items():
+        once = seen.calls.get(id(module)) == 1 and named[id(module)] == 1
+        if not once or not _is_convolution(module) or len(seen.shapes.get(id(module), ())) != 4:
+            continue
+        site = Site(name, module, seen.shapes[id(module)])
+        follower = seen.next(module)
+        if type(follower) is nn.BatchNorm2d and follower.running_mean is not None:
+            site.norm, follower = follower, seen.next(follower)
+        site.activation = follower if type(follower) in CLAMPS else None
+        sites.append(site)
+    taken = {id(site.activation) for site in sites}
+    rest = [m for m in wanted.values() if id(m) in seen.outputs and id(m) not in taken]
+    activations = [m for m in rest if type(m) in CLAMPS and seen.last_reader(m)]
+    pools = [(m, seen.shapes[id(m)]) for m in rest if type(m) is nn.MaxPool2d and len(seen.shapes[id(m)]) == 4]
+    return Found(sites, activations, pools)
+
+
+def _text(example: Any) -> str:
+    return ", ".join(str(tuple(tensor.shape)) for tensor in tensors(example)) or type(example).__name__
+
+
+def _matrix(module: nn.Module) -> Packed:
+    """The weight of a convolution as w_OI."""
+    if isinstance(module, SparseConv2d):
+        return module.packed
+    return pack(cast(Tensor, module.weight).detach().flatten(1), "dense")
+
+
+def _folded(site: Site, packed: Packed) -> tuple[Packed, Tensor | None]:
+    """Weight and bias with the norm's scale and shift in them."""
+    bias_O = cast("Tensor | None", site.module.bias)
+    if site.norm is None:
+        return packed, bias_O
+    norm = cast(nn.BatchNorm2d, site.norm)
+    mean_O, variance_O = cast(Tensor, norm.running_mean).float(), cast(Tensor, norm.running_var).float()
+    scale_O = torch.rsqrt(variance_O + norm.eps)
+    shift_O = -mean_O if bias_O is None else bias_O.detach().float() - mean_O
+    if norm.affine:
+        scale_O = scale_O * norm.weight.detach().float()
+        shift_O = shift_O * scale_O + norm.bias.detach().float()
+    else:
+        shift_O = shift_O * scale_O
+    w_OI = (unpack_matrix(packed).float() * scale_O[:, None]).to(packed.dtype)
+    return pack(w_OI, "dense" if packed.layout == "dense" else "csr"), shift_O
+
+
+class FusedConvolution:
+    """The forward of a convolution with the norm and the activation behind it."""
+
+    def __init__(self, site: Site, backend: str) -> None:
+        self.site, self.backend = site, backend
+        self.bound: tuple[Any, Callable[[Tensor], Tensor] | None] | None = None
+        self.held: list[Tensor] = []
+        functools.update_wrapper(self, type(site.module).forward, updated=())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy binds its own weights when it is first called.
+        return {"site": self.site, "backend": self.backend}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        FusedConvolution.__init__(self, state["site"], state["backend"])
+
+    def __call__(self, input: Tensor) -> Tensor:
+        site = self.site
+        if self._plain(input):
+            state = self._state()
+            if self.bound is None or self.bound[0] != state:
+                # Held, since other numbers could come to stand at an address that is given back.
+                self.held = [t.detach() for t in self._tensors() if t is not None]
+                self.bound = state, self._prepare()
+            if self.bound[1] is not None:
+                return self.bound[1](input)
+        y = type(site.module).forward(site.module, input)
+        for module in (site.norm, site.activation):
+            y = y if module is None else type(module).forward(module, y)
+        return y
+
+    def _plain(self, x: Tensor) -> bool:
+        norm = self.site.norm
+        return not (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or type(x) is not Tensor
+            or x.dim() != 4
+            or x.dtype is not next(p.dtype for p in self.site.module._parameters.values() if p is not None)
+            or not x.is_cpu
+            or (norm is not None and norm.training)
+            or torch.is_autocast_enabled("cpu")
+        )
+
+    def _tensors(self) -> list[Tensor | None]:
+        site = self.site
+        held = [*site.module._parameters.values(), *site.module._buffers.values()]
+        return held if site.norm is None else [*held, *site.norm._parameters.values(), *site.norm._buffers.values()]
+
+    def _state(self) -> Any:
+        return [None if t is None else (t.data_ptr(), 0 if t.is_inference() else t._version) for t in self._tensors()]
+
+    def _prepare(self) -> Callable[[Tensor], Tensor] | None:
+        """The backend bound to the weights as they are now; None where it does not run their type."""
+        packed = _matrix(self.site.module)
+        if dispatch.get("conv2d", packed.layout, self.backend).refuse(call_of(self.site, packed)):
+            return None
+        return bind(self.site, packed, self.backend)
+
+
+class Moved:
+    """The forward of a convolution that another module stands for, where somebody still holds it."""
+
+    def __init__(self, module: nn.Module, new: nn.Module) -> None:
+        self.new = new
+        functools.update_wrapper(self, type(module).forward, updated=())
+
+    def __call__(self, input: Tensor) -> Tensor:
+        return self.new(input)
+
+
+class Passed:
+    """The forward of a module whose work the convolution before it has done."""
+
+    def __init__(self, module: nn.Module) -> None:
+        functools.update_wrapper(self, type(module).forward, updated=())
+
+    def __call__(self, input: Tensor) -> Tensor:
+        return input
+
+
+class InPlace:
+    """The forward of an activation whose input nobody reads afterwards: at inference it overwrites it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.clamp = module, CLAMPS[type(module)]
+        functools.update_wrapper(self, type(module).forward, updated=())
+
+    def __call__(self, input: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(input) is not Tensor:
+            return type(self.module).forward(self.module, input)
+        return input.relu_() if self.clamp[1] == math.inf else input.clamp_(*self.clamp)
+
+
+class PooledInLast:
+    """The forward of a max pooling that goes through channels last, where PyTorch's is vectorised; y is channels first again."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        functools.update_wrapper(self, type(module).forward, updated=())
+
+    def __call__(self, input: Tensor) -> Tensor:
+        plain = not torch.is_grad_enabled() and type(input) is Tensor and input.dim() == 4 and input.is_cpu
+        if plain and not torch.compiler.is_compiling():
+            input = input.contiguous(memory_format=torch.channels_last)
+        return type(self.module).forward(self.module, input).contiguous()
+
+
+def how(site: Site) -> Convolution:
+    """What the op `conv2d` takes beside the weight."""
+    m = cast(Any, site.module)
+    return Convolution.of(m.kernel_size, m.stride, m.padding, m.dilation, m.groups, site.clamp)
+
+
+def call_of(site: Site, packed: Packed) -> dispatch.Call:
+    m = cast(Any, site.module)
+    params = {"groups": m.groups, "kernel_h": m.kernel_size[0], "kernel_w": m.kernel_size[1]}
+    return dispatch.Call("conv2d", packed.layout, packed.dtype, str(packed.device), 1, packed.shape, params)
+
+
+def bind(site: Site, packed: Packed, backend: str) -> Callable[[Tensor], Tensor]:
+    """`run(x_NCHW)` of the convolution with what is fused into it."""
+    folded, bias_O = _folded(site, packed)
+    run = dispatch.get("conv2d", folded.layout, backend).prepare(folded, bias_O)
+    convolution = how(site)
+    return lambda x_NCHW: run(x_NCHW, convolution)
+
+
+def _candidates(site: Site) -> list[Packed]:
+    """The weight dense, and in its smallest layout if it has zeros that one leaves out."""
+    dense = _matrix(site.module)
+    if dense.layout != "dense":
+        dense = pack(unpack_matrix(dense), "dense")
+    sparse = pack_smallest(dense.tensors["weight"])
+    return [dense] if sparse.layout == "dense" else [dense, sparse]
+
+
+def _measure(site: Site, candidates: Sequence[Packed]) -> Verdict:
+    """Time every way to run a convolution, in turns, at the size of x that it was seen with."""
+    images = site.shape[0]
+    x_NCHW = torch.randn(site.shape).to(candidates[0].dtype)
+    runs: list[tuple[Timing, Callable[[], None]]] = []
+    timings: list[Timing] = []
+    for packed in candidates:
+        for backend, reason in dispatch.candidates(call_of(site, packed)):
+            timing = Timing(packed.layout, backend.name, images, None, reason, dict(packed.params))
+            timings.append(timing)
+            if reason is None:
+                runs.append((timing, _turns([bind(site, packed, backend.name) for _ in range(COPIES)], x_NCHW)))
+    time_in_turns(runs)
+    best = {
+        layout: min((t for t in timings if t.layout == layout and t.ms is not None), key=_ms, default=None)
+        for layout in {packed.layout for packed in candidates}
+    }
+    dense = best.pop("dense")
+    assert dense is not None
+    sparse = next(iter(best.values()), None)
+    if sparse is None:
+        chosen, reason = dense, "dense: the weight has no zeros that a sparse kernel could leave out"
+    else:
+        ratio = _ms(dense) / _ms(sparse)
+        chosen = sparse if ratio >= MARGIN else dense
+        said = f"is {ratio:.2f}x as fast as the best dense" if chosen is sparse else f"has {ratio:.2f} of dense's speed"
+        reason = f"{sparse.layout} {said} on {'x'.join(map(str, site.shape))}"
+    return Verdict(chosen.layout, chosen.params, {images: chosen.backend}, timings, {images: dense}, reason)
+
+
+def _ms(timing: Timing) -> float:
+    assert timing.ms is not None
+    return timing.ms
+
+
+def _turns(runs: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Callable[[], None]:
+    for once in runs:
+        # Some order their weights when they first see the size of x.
+        once(x)
+    state = {"next": 0}
+
+    def run() -> None:
+        state["next"] = (state["next"] + 1) % len(runs)
+        runs[state["next"]](x)
+
+    return run
+
+
+@dataclass
+class Packing:
+    """What was chosen for a convolution: the module that runs it, and the bytes that it keeps beside its weight."""
+
+    module: nn.Module
+    packed: Packed
+    verdict: Verdict
+    extra: int
+
+
+def pack_site(site: Site, remeasure: bool = False) -> Packing:
+    """The convolution as it runs fastest here, measured, or recalled from an earlier measurement in the same circumstances."""
+    candidates = _candidates(site)
+    density = round(float((candidates[0].tensors["weight"] != 0).float().mean()) * 40)
+    key = ("conv2d", site.shape, how(site), candidates[0].dtype, [c.layout for c in candidates], density)
+    verdict = None if remeasure else verdicts.recall(key)
+    if verdict is None:
+        verdict = _measure(site, candidates)
+        verdicts.remember(key, verdict)
+    packed = next(c for c in candidates if c.layout == verdict.layout)
+    backend = verdict.backends[site.shape[0]]
+    module = _module_for(site.module, packed)
+    fused = FusedConvolution(dataclasses.replace(site, module=module), backend)
+    module.__dict__["forward"] = fused
+    if module is not site.module:
+        site.module.__dict__["forward"] = Moved(site.module, module)
+    for passed in (site.norm, site.activation):
+        if passed is not None:
+            passed.__dict__["forward"] = Passed(passed)
+    return Packing(module, packed, verdict, dispatch.get("conv2d", packed.layout, backend).extra(packed))
+
+
+def pack_others(found: Found, dtype: torch.dtype) -> None:
+    """Activations overwrite their inputs, and max poolings go the faster of two ways, which is measured."""
+    for activation in found.activations:
+        activation.__dict__["forward"] = InPlace(activation)
+    for pool, shape in found.pools:
+        x = torch.randn(shape).to(dtype)
+        ways = {"torch": functools.partial(type(pool).forward, pool), "last": PooledInLast(pool)}
+        timings = [(Timing("dense", name, shape[0]), _turns([run], x)) for name, run in ways.items()]
+        time_in_turns(timings)
+        if _ms(timings[1][0]) * MARGIN < _ms(timings[0][0]):
+            pool.__dict__["forward"] = ways["last"]
+
+
+def _module_for(module: nn.Module, packed: Packed) -> nn.Module:
+    if packed.layout == "dense":
+        return module.to_dense() if isinstance(module, SparseConv2d) else module
+    if isinstance(module, SparseConv2d):
+        return module if module.layout == packed.layout else SparseConv2d.from_module(module.to_dense(), packed)
+    return SparseConv2d.from_module(module, packed)
+
+
+def unfuse_convolutions(model: nn.Module) -> nn.Module:
+    """Take the fused forwards of convolutions, norms and activations back, in place; returns the model."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), FusedConvolution | Passed | InPlace | PooledInLast):
+            del module.__dict__["forward"]
+    return model

@@ -1,0 +1,168 @@
+// Convolutions of bf16 with scattered nonzeros, multiplied in pairs: two nonzeros of an output, and with them two rows of x,
+// whose numbers are brought side by side in registers. Included by the translation unit with bf16 products.
+#pragma once
+
+#include "avx512_conv.h"
+
+namespace pumice {
+namespace {
+
+constexpr int64_t kPairPositions = 128;
+
+// Sums of 32 positions lie in two registers as unpacking brings them: the first four of each eight, then the others.
+struct PairSums {
+  __m512 low, high;
+};
+
+inline __m512i interleaved(PairSums s, __m512 least, __m512 most) {
+  const __m512i order = _mm512_set_epi16(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8, 23, 22, 21, 20, 7, 6, 5, 4,
+                                         19, 18, 17, 16, 3, 2, 1, 0);
+  const __m512 low = _mm512_min_ps(most, _mm512_max_ps(least, s.low));
+  const __m512 high = _mm512_min_ps(most, _mm512_max_ps(least, s.high));
+  return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
+
+inline void straighten(PairSums s, float* to) {
+  const __m512i first = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  _mm512_storeu_ps(to, _mm512_permutex2var_ps(s.low, first, s.high));
+  _mm512_storeu_ps(to + 16, _mm512_permutex2var_ps(s.low, second, s.high));
+}
+
+// Columns [first, last) at the positions [q, q + n), 32 N of which have room.
+template <int N>
+inline void fill_pair_panel(const Convolved& job, const BF16* image, int64_t first, int64_t last, int64_t q, int64_t n,
+                            BF16* panel) {
+  int64_t channel = first / job.taps, tap = first % job.taps;
+  for (int64_t k = first; k < last; ++k, panel += kPairPositions) {
+    const BF16* from = image + channel * job.channel + job.shifts[tap] + q;
+    fetch_far(from + kPairPositions, kPairPositions);
+    PUMICE_UNROLL
+    for (int r = 0; r < N; ++r) {
+      const int64_t left = n - 32 * r;
+      const __mmask32 there = left >= 32 ? ~(__mmask32)0 : left > 0 ? ((__mmask32)1 << left) - 1 : 0;
+      _mm512_storeu_si512(panel + 32 * r, _mm512_maskz_loadu_epi16(there, from + 32 * r));
+    }
+    if (++tap == job.taps) tap = 0, ++channel;
+  }
+}
+
+// As walk_part of conv_kernel.h.
+template <int N, bool kFirst>
+PUMICE_APART void walk_pairs(const Taps& w, int64_t part, int64_t begin, int64_t end, const BF16* panel, float* sums,
+                             const BF16* y, int64_t plane) {
+  const int32_t* start = w.starts + part * (w.O + 1) + begin;
+  const int32_t* order = w.order + part * w.O;
+  const BF16* value = (const BF16*)w.values + *start;
+  const uint16_t* offset = w.offsets + *start;
+  const float* bias = w.bias;
+  sums -= begin * kPairPositions;
+  for (int64_t at = begin; at < end; ++at, ++start) {
+    const int64_t o = order[at];
+    float* sum = sums + o * kPairPositions;
+    if (y) fetch_far(y + (o - begin) * plane, 32 * N);
+    __m512 acc[2 * N];
+    if (kFirst) {
+      const __m512 first = _mm512_set1_ps(bias ? bias[o] : 0.0f);
+      PUMICE_UNROLL
+      for (int r = 0; r < 2 * N; ++r) acc[r] = first;
+    } else {
+      PUMICE_UNROLL
+      for (int r = 0; r < 2 * N; ++r) acc[r] = _mm512_loadu_ps(sum + 16 * r);
+    }
+    int32_t left = start[1] - start[0];
+    for (; left > 1; left -= 2, value += 2, offset += 2) {
+      const __m512bh v = pairs(_mm512_set1_epi32(pair_at<true>(value)));
+      const BF16* a = panel + 2 * (int64_t)offset[0];
+      const BF16* b = panel + 2 * (int64_t)offset[1];
+      static_assert(kPairPositions == 2 * kColumn, "offsets are half of the panel's");
+      PUMICE_UNROLL
+      for (int r = 0; r < N; ++r) {
+        const __m512i one = _mm512_loadu_si512(a + 32 * r), two = _mm512_loadu_si512(b + 32 * r);
+        acc[2 * r] = _mm512_dpbf16_ps(acc[2 * r], v, pairs(_mm512_unpacklo_epi16(one, two)));
+        acc[2 * r + 1] = _mm512_dpbf16_ps(acc[2 * r + 1], v, pairs(_mm512_unpackhi_epi16(one, two)));
+      }
+    }
+    if (left) {
+      const __m512bh v = pairs(_mm512_set1_epi32(value->bits));
+      const BF16* a = panel + 2 * (int64_t)*offset;
+      PUMICE_UNROLL
+      for (int r = 0; r < N; ++r) {
+        const __m512i one = _mm512_loadu_si512(a + 32 * r), none = _mm512_setzero_si512();
+        acc[2 * r] = _mm512_dpbf16_ps(acc[2 * r], v, pairs(_mm512_unpacklo_epi16(one, none)));
+        acc[2 * r + 1] = _mm512_dpbf16_ps(acc[2 * r + 1], v, pairs(_mm512_unpackhi_epi16(one, none)));
+      }
+      ++value, ++offset;
+    }
+    PUMICE_UNROLL
+    for (int r = 0; r < 2 * N; ++r) _mm512_storeu_ps(sum + 16 * r, acc[r]);
+  }
+}
+
+template <int N>
+inline void pair_block(const Convolved& job, int64_t image, int64_t q, int64_t n, int64_t begin, int64_t end, BF16* panel,
+                       float* sums) {
+  const Taps& w = *job.w;
+  const Conv& conv = *job.conv;
+  const BF16* x = (const BF16*)job.planes + image * conv.C * job.channel;
+  const int64_t columns = conv.out[1], plane = conv.out[0] * columns;
+  BF16* y = (BF16*)job.y + (image * w.O + begin) * plane;
+  const BF16* add = conv.add ? (const BF16*)conv.add + (image * w.O + begin) * plane : nullptr;
+  const BF16* written = y + q / job.width * columns + q % job.width;
+  for (int64_t p = 0, parts = part_count(w); p < parts; ++p) {
+    const int64_t first = p * w.part, last = first + w.part < w.I ? first + w.part : w.I;
+    fill_pair_panel<N>(job, x, first, last, q, n, panel);
+    const BF16* next = p + 1 == parts ? written : nullptr;
+    if (p == 0)
+      walk_pairs<N, true>(w, p, begin, end, panel, sums, next, plane);
+    else
+      walk_pairs<N, false>(w, p, begin, end, panel, sums, next, plane);
+  }
+  const __m512 least = _mm512_set1_ps(conv.least), most = _mm512_set1_ps(conv.most);
+  for (int64_t o = begin; o < end; ++o, sums += kPairPositions, y += plane, add += add ? plane : 0) {
+    PairSums each[N];
+    PUMICE_UNROLL
+    for (int r = 0; r < N; ++r) each[r] = {_mm512_loadu_ps(sums + 32 * r), _mm512_loadu_ps(sums + 32 * r + 16)};
+    if (add) {
+      alignas(64) float straight[32 * N];
+      PUMICE_UNROLL
+      for (int r = 0; r < N; ++r) straighten(each[r], straight + 32 * r);
+      put_positions<BF16>(job, straight, q, n, y, add);
+      continue;
+    }
+    if (job.width == columns) {
+      PUMICE_UNROLL
+      for (int r = 0; r < N; ++r) {
+        const int64_t left = n - 32 * r;
+        const __mmask32 there = left >= 32 ? ~(__mmask32)0 : left > 0 ? ((__mmask32)1 << left) - 1 : 0;
+        _mm512_mask_storeu_epi16(y + q + 32 * r, there, interleaved(each[r], least, most));
+      }
+      continue;
+    }
+    alignas(64) BF16 done[32 * N];
+    PUMICE_UNROLL
+    for (int r = 0; r < N; ++r) _mm512_store_si512(done + 32 * r, interleaved(each[r], least, most));
+    for (int64_t k = 0; k < n;) {
+      const int64_t row = (q + k) / job.width, column = (q + k) % job.width;
+      const int64_t run = job.width - column < n - k ? job.width - column : n - k;
+      const int64_t there = columns - column < run ? columns - column : run;
+      if (there > 0) memcpy(y + row * columns + column, done + k, (size_t)there * sizeof(BF16));
+      k += run;
+    }
+  }
+}
+
+void pair_product(const Convolved& job, int64_t block, int64_t begin, int64_t end, void* room, float* sums) {
+  BF16* panel = (BF16*)room;
+  const int64_t image = block / job.blocks, k = block % job.blocks, q = block_begin(job, k);
+  const int64_t stop = k + 1 < job.blocks ? block_begin(job, k + 1) : job.positions, n = stop - q;
+  switch ((n + 31) / 32) {
+    case 4: return pair_block<4>(job, image, q, n, begin, end, panel, sums);
+    case 3: return pair_block<3>(job, image, q, n, begin, end, panel, sums);
+    case 2: return pair_block<2>(job, image, q, n, begin, end, panel, sums);
+    default: return pair_block<1>(job, image, q, n, begin, end, panel, sums);
+  }
+}
+
+}  // namespace
+}  // namespace pumice

@@ -1,0 +1,146 @@
+// Convolutions with scattered nonzeros: the loops that every instruction set shares, over registers of `Isa::kLanes` numbers.
+// Included after the translation unit has set its target.
+#pragma once
+
+#include "blocks_kernel.h"
+#include "conv.h"
+
+namespace pumice {
+namespace {
+
+constexpr int64_t kPositions = 64;  // of a block, where x is read in fp32
+
+inline float clamped(float v, float least, float most) {
+  v = v < least ? least : v;  // a NaN stays one
+  return v > most ? most : v;
+}
+
+// Sums of one output to y, which begins at `y`; positions [q, q + n).
+template <class T>
+inline void put_positions(const Convolved& job, const float* sums, int64_t q, int64_t n, T* y, const T* add) {
+  const int64_t columns = job.conv->out[1];
+  const float least = job.conv->least, most = job.conv->most;
+  for (int64_t k = 0; k < n;) {
+    const int64_t row = (q + k) / job.width, column = (q + k) % job.width;
+    const int64_t run = job.width - column < n - k ? job.width - column : n - k;
+    const int64_t there = columns - column < run ? columns - column : run;
+    T* to = y + row * columns + column;
+    if (add)
+      for (int64_t i = 0; i < there; ++i)
+        narrow(clamped(sums[k + i] + widen(add[row * columns + column + i]), least, most), to + i);
+    else
+      for (int64_t i = 0; i < there; ++i) narrow(clamped(sums[k + i], least, most), to + i);
+    k += run;
+  }
+}
+
+// Columns [first, last) of the matrix at the positions [q, q + n) of one image, side by side.
+template <class Isa, int N>
+inline void fill_panel(const Convolved& job, const float* image, int64_t first, int64_t last, int64_t q, int64_t n,
+                       float* panel) {
+  int64_t channel = first / job.taps, tap = first % job.taps;
+  for (int64_t k = first; k < last; ++k, panel += kPositions) {
+    const float* from = image + channel * job.channel + job.shifts[tap] + q;
+    // What the next block reads: a line of each row is too few for the processor to foresee them.
+    fetch_far(from + kPositions, kPositions);
+    if (n == 16 * N) {
+      PUMICE_UNROLL
+      for (int r = 0; r < 16 * N / Isa::kLanes; ++r) Isa::put(panel + r * Isa::kLanes, Isa::get(from + r * Isa::kLanes));
+    } else {
+      memcpy(panel, from, (size_t)n * sizeof(float));
+      memset(panel + n, 0, (size_t)(16 * N - n) * sizeof(float));
+    }
+    if (++tap == job.taps) tap = 0, ++channel;
+  }
+}
+
+// Outputs [begin, end) walk along their nonzeros of one part, `sums` being those of the first. In the last part the lines of
+// y are fetched where they will be written: y, where its first output begins, and numbers to the next; else null.
+// Not inlined: beside the loops around it there would not be registers enough.
+template <class Isa, class T, int N, bool kFirst>
+PUMICE_APART void walk_part(const Taps& w, int64_t part, int64_t begin, int64_t end, const float* panel, float* sums,
+                            const T* y, int64_t plane) {
+  constexpr int R = 16 * N / Isa::kLanes, L = Isa::kLanes;
+  const int32_t* start = w.starts + part * (w.O + 1) + begin;
+  const int32_t* order = w.order + part * w.O;
+  const T* value = (const T*)w.values + *start;
+  const uint16_t* offset = w.offsets + *start;
+  const float* bias = w.bias;
+  sums -= begin * kPositions;
+  for (int64_t at = begin; at < end; ++at, ++start) {
+    const int64_t o = order[at];
+    float* sum = sums + o * kPositions;
+    if (y) fetch_far(y + (o - begin) * plane, 16 * N);
+    typename Isa::Reg acc[R];
+    if (kFirst) {
+      const typename Isa::Reg first = Isa::spread(bias ? bias[o] : 0.0f);
+      PUMICE_UNROLL
+      for (int r = 0; r < R; ++r) acc[r] = first;
+    } else {
+      PUMICE_UNROLL
+      for (int r = 0; r < R; ++r) acc[r] = Isa::get(sum + r * L);
+    }
+    for (int32_t left = start[1] - start[0]; left > 0; --left) {
+      const typename Isa::Reg v = Isa::spread(widen(*value++));
+        static_assert(kColumn == kPositions, "offsets are those of the panel");
+      const float* from = panel + *offset++;
+      PUMICE_UNROLL
+      for (int r = 0; r < R; ++r) acc[r] = Isa::fma(acc[r], v, Isa::get(from + r * L));
+    }
+    PUMICE_UNROLL
+    for (int r = 0; r < R; ++r) Isa::put(sum + r * L, acc[r]);
+  }
+}
+
+template <class Isa, class T, int N>
+inline void conv_block(const Convolved& job, int64_t image, int64_t q, int64_t n, int64_t begin, int64_t end, float* panel,
+                       float* sums) {
+  constexpr int R = 16 * N / Isa::kLanes, L = Isa::kLanes;
+  const Taps& w = *job.w;
+  const Conv& conv = *job.conv;
+  const float* x = (const float*)job.planes + image * conv.C * job.channel;
+  const int64_t plane = conv.out[0] * conv.out[1];
+  T* y = (T*)job.y + (image * w.O + begin) * plane;
+  const T* add = conv.add ? (const T*)conv.add + (image * w.O + begin) * plane : nullptr;
+  const T* written = y + q / job.width * conv.out[1] + q % job.width;
+  for (int64_t p = 0, parts = part_count(w); p < parts; ++p) {
+    const int64_t first = p * w.part, last = first + w.part < w.I ? first + w.part : w.I;
+    fill_panel<Isa, N>(job, x, first, last, q, n, panel);
+    const T* next = p + 1 == parts ? written : nullptr;
+    if (p == 0)
+      walk_part<Isa, T, N, true>(w, p, begin, end, panel, sums, next, plane);
+    else
+      walk_part<Isa, T, N, false>(w, p, begin, end, panel, sums, next, plane);
+  }
+  const bool straight = sizeof(T) == sizeof(float) && !add && job.width == conv.out[1] && n == 16 * N;
+  const typename Isa::Reg least = Isa::spread(conv.least), most = Isa::spread(conv.most);
+  for (int64_t o = begin; o < end; ++o, sums += kPositions, y += plane, add += add ? plane : 0) {
+    if (!straight) {
+      put_positions<T>(job, sums, q, n, y, add);
+      continue;
+    }
+    PUMICE_UNROLL
+    for (int r = 0; r < R; ++r) Isa::put((float*)y + q + r * L, Isa::clamp(Isa::get(sums + r * L), least, most));
+  }
+}
+
+template <class Isa, class T>
+void conv_product(const Convolved& job, int64_t block, int64_t begin, int64_t end, void* room, float* sums) {
+  float* panel = (float*)room;
+  const int64_t image = block / job.blocks, k = block % job.blocks, q = block_begin(job, k);
+  const int64_t stop = k + 1 < job.blocks ? block_begin(job, k + 1) : job.positions, n = stop - q;
+  switch ((n + 15) / 16) {
+    case 4: return conv_block<Isa, T, 4>(job, image, q, n, begin, end, panel, sums);
+    case 3: return conv_block<Isa, T, 3>(job, image, q, n, begin, end, panel, sums);
+    case 2: return conv_block<Isa, T, 2>(job, image, q, n, begin, end, panel, sums);
+    default: return conv_block<Isa, T, 1>(job, image, q, n, begin, end, panel, sums);
+  }
+}
+
+template <class Isa>
+constexpr ConvKernels conv_kernels() {
+  return {{{conv_product<Isa, BF16>, 16, kPositions, false}, {conv_product<Isa, float>, 16, kPositions, false}}};
+}
+
+}  // namespace
+}  // namespace pumice

@@ -1,0 +1,1067 @@
+"""Sparse convolutions: the kernel of every instruction set, the module around it, and whole networks with norms fused in.
+
+The yardstick is PyTorch's convolution of the unpacked weight in float64; what bf16 adds is one rounding of the result.
+"""
+
+import copy
+import io
+import math
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import pumice
+from pumice.core import dispatch
+from pumice.core.calls import tensors
+from pumice.core.convolution import Convolution
+from pumice.core.errors import PumiceError
+from pumice.engine import convolve, layer_timing, verdicts
+from pumice.weights.layouts import base
+from pumice.weights.modules import SparseConv2d, SparseLinear
+from tests.test_kernels import isa, mask_of, needs_native  # noqa: F401
+
+dispatch.discover()
+from pumice.kernels import conv_cpu, cpu_backend, reference  # noqa: E402
+
+LAYOUTS = {"csr": {}, "bitmask": {}, "nm": {"n": 2, "m": 4}, "block": {"r": 4, "c": 8}}
+DTYPES = (torch.float32, torch.bfloat16)
+PLAIN, RELU, RELU6 = (-math.inf, math.inf), (0.0, math.inf), (0.0, 6.0)
+CASES = (
+    # outputs, channels, kernel, size, stride, padding, dilation
+    (1, 1, (1, 1), (1, 1), (1, 1), (0, 0), (1, 1)),
+    (65, 5, (1, 1), (1, 1), (1, 1), (0, 0), (1, 1)),
+    (70, 33, (1, 1), (7, 9), (1, 1), (0, 0), (1, 1)),
+    (6, 130, (1, 1), (8, 16), (1, 1), (0, 0), (1, 1)),
+    (3, 300, (1, 1), (9, 33), (1, 1), "valid", (1, 1)),
+    (64, 16, (1, 1), (9, 7), (2, 2), (0, 0), (1, 1)),
+    (3, 2, (1, 1), (70, 9), (3, 1), (2, 0), (1, 1)),
+    (3, 2, (1, 1), (5, 5), (1, 1), (2, 1), (1, 1)),
+    (66, 1, (3, 3), (7, 7), (1, 1), (1, 1), (1, 1)),
+    (130, 20, (3, 3), (9, 33), (1, 1), (1, 1), (1, 1)),
+    (3, 2, (3, 3), (1, 1), (1, 1), (1, 1), (1, 1)),
+    (3, 2, (3, 3), (2, 3), (1, 1), (4, 5), (1, 1)),
+    (10, 3, (3, 3), (33, 9), (3, 2), (1, 0), (2, 1)),
+    (3, 2, (3, 3), (13, 12), (4, 3), (1, 2), (3, 4)),
+    (6, 3, (3, 1), (9, 7), (1, 2), (1, 0), (1, 1)),
+    (5, 3, (7, 7), (33, 70), (2, 2), (3, 3), (1, 1)),
+    (9, 4, (5, 5), (9, 9), (2, 3), (2, 2), (1, 2)),
+    (4, 3, (5, 5), (5, 7), (1, 1), (0, 0), (1, 1)),
+    (4, 6, (2, 2), (9, 33), (2, 2), (0, 0), (1, 1)),
+    (2, 3, (2, 2), (11, 12), (5, 4), (0, 0), (1, 1)),
+    (7, 3, (2, 2), (7, 9), (1, 1), "same", (1, 1)),
+    (4, 3, (2, 4), (9, 7), (1, 1), "same", (2, 3)),
+    (4, 2, (3, 5), (70, 9), (1, 1), "same", (1, 2)),
+)
+VARIANTS = (
+    # images, bias, clamp, add, memory format of x
+    (1, True, PLAIN, False, torch.contiguous_format),
+    (3, False, RELU, True, torch.channels_last),
+    (2, True, RELU6, True, torch.contiguous_format),
+)
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch, tmp_path):
+    """Threads and kernels are put back; what is measured is kept for this test alone."""
+    monkeypatch.setenv("PUMICE_CACHE", str(tmp_path))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+    if cpu_backend.native is not None:
+        cpu_backend.force(None)
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that torch.empty gives out is filled with NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(4).isnan().all()
+
+
+def weight(outputs, inputs, dtype=torch.float32, density=0.3):
+    w_OI = torch.randn(outputs, inputs) * (torch.rand(outputs, inputs) < density)
+    if outputs > 2:
+        w_OI[1::3] = 0
+    return w_OI.to(dtype)
+
+
+def taps(packed, bias=None):
+    return dispatch.get("conv2d", packed.layout, "taps").prepare(packed, bias)
+
+
+def exact(x, packed, bias, how, add=None):
+    """The convolution in float64; padding by hand, since it may differ before and after."""
+    x = F.pad(x.double(), (how.before[1], how.after[1], how.before[0], how.after[0]))
+    settings = {"kernel_size": how.kernel_size, "stride": how.stride, "dilation": how.dilation}
+    y = reference.conv2d(x, packed, bias, **settings)
+    return (y if add is None else y + add.double()).clamp(*how.clamp)
+
+
+def close(y, expected, dtype=torch.float32, **allowed):
+    assert y.dtype is dtype
+    torch.testing.assert_close(
+        y.double(), expected.double(), rtol=1e-5 if dtype is torch.float32 else 2**-8, atol=1e-4, **allowed
+    )
+
+
+def sweep(run, packed, bias, channels, size, how, variants=VARIANTS):
+    for images, biased, clamp, added, order in variants:
+        held = bias if biased else None
+        full = Convolution(how.kernel_size, how.stride, how.before, how.after, how.dilation, clamp=clamp)
+        x = (3 * torch.randn(images, channels, *size)).to(packed.dtype).to(memory_format=order)
+        shape = (images, packed.shape[0], *full.output(*size))
+        add = torch.randn(shape).to(packed.dtype).to(memory_format=order) if added else None
+        y = run[biased](x, full) if add is None else run[biased](x, full, add)
+        assert y.shape == shape
+        assert y.is_contiguous()
+        close(y, exact(x, packed, held, full, add), packed.dtype)
+
+
+def check(packed, channels, size, how, variants=VARIANTS):
+    bias = torch.randn(packed.shape[0]).to(packed.dtype)
+    sweep({True: taps(packed, bias), False: taps(packed)}, packed, bias, channels, size, how, variants)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instruction_set_convolves_any_shape(isa, dtype, poisoned):  # noqa: F811
+    for outputs, channels, kernel, size, *settings in CASES:
+        how = Convolution.of(kernel, *settings)
+        check(base.pack(weight(outputs, channels * math.prod(kernel), dtype), "csr"), channels, size, how)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_outputs_are_as_many_as_pytorch_says(case):
+    outputs, channels, kernel, size, stride, padding, dilation = case
+    how = Convolution.of(kernel, stride, padding, dilation)
+    w = torch.zeros(outputs, channels, *kernel)
+    y = F.conv2d(torch.zeros(1, channels, *size), w, None, stride, padding, dilation)
+    assert how.output(*size) == y.shape[2:]
+
+
+@needs_native
+@pytest.mark.parametrize("density", [0.0, 0.02, 1.0])
+def test_weights_from_empty_to_full(isa, density, poisoned):  # noqa: F811
+    for dtype in DTYPES:
+        for channels, kernel, padding in ((300, (1, 1), (0, 0)), (20, (3, 3), (1, 1))):
+            w_OI = (torch.randn(70, channels * math.prod(kernel))).to(dtype)
+            w_OI *= torch.rand(w_OI.shape) < density
+            check(base.pack(w_OI, "csr"), channels, (9, 8), Convolution(kernel, before=padding, after=padding))
+
+
+@needs_native
+def test_outputs_of_very_different_lengths(isa):  # noqa: F811
+    for dtype in DTYPES:
+        w_OI = torch.randn(150, 270) * (torch.rand(150, 270) < torch.rand(150, 1).square())
+        w_OI[:, 128:256] = 0
+        w_OI[64:128] = 0
+        check(base.pack(w_OI.to(dtype), "csr"), 30, (7, 9), Convolution((3, 3), before=(1, 1), after=(1, 1)))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_convolved(layout, dtype):
+    params = LAYOUTS[layout]
+    for channels, kernel, padding in ((8, (3, 3), (1, 1)), (40, (1, 1), (0, 0)), (4, (2, 2), "same")):
+        inputs = channels * math.prod(kernel)
+        w_OI = torch.where(mask_of(layout, 68, inputs, params, 0.4), torch.randn(68, inputs), 0.0).to(dtype)
+        w_OI[:4] = 0
+        packed = base.pack(w_OI, layout, **params)
+        check(packed, channels, (9, 7), Convolution.of(kernel, (1, 1), padding, (1, 1)))
+        assert dispatch.get("conv2d", layout, "taps").extra(packed) == conv_cpu.taps_of(packed).nbytes > 0
+
+
+@needs_native
+@pytest.mark.parametrize("clamp", [PLAIN, RELU, RELU6], ids=["plain", "relu", "relu6"])
+def test_nan_stays_nan_where_it_is_read_and_nowhere_else(isa, clamp):  # noqa: F811
+    for dtype in DTYPES:
+        for size, kernel, stride, padding in (((8, 16), 1, 1, 0), ((7, 9), 3, 1, 1), ((9, 33), 3, 2, 0)):
+            packed = base.pack(weight(70, 6 * kernel * kernel, dtype), "csr")
+            how = Convolution.of((kernel, kernel), (stride, stride), (padding, padding), (1, 1), clamp=clamp)
+            x = torch.randn(2, 6, *size).to(dtype)
+            x[0, 2, 3, 4] = x[1, 5, 6, 7] = math.nan
+            add = torch.randn(2, 70, *how.output(*size)).to(dtype)
+            added = add.clone()
+            added[1, 3, 0, 0] = math.nan
+            read = base.unpack(packed).ne(0).double().unflatten(1, (6, kernel, kernel))
+            touched = F.conv2d(x.isnan().double(), read, None, stride, padding) > 0
+            assert touched.any()
+            finite = exact(x.nan_to_num(), packed, None, how)
+            close(taps(packed)(x, how), finite.masked_fill(touched, math.nan), dtype, equal_nan=True)
+            finite = exact(x.nan_to_num(), packed, None, how, add).masked_fill(touched | added.isnan(), math.nan)
+            close(taps(packed)(x, how, added), finite, dtype, equal_nan=True)
+
+
+@needs_native
+def test_infinite_numbers_are_clamped(isa):  # noqa: F811
+    for dtype in DTYPES:
+        for size in ((8, 8), (3, 3)):
+            x = torch.tensor([math.inf, -math.inf]).to(dtype).view(2, 1, 1, 1).expand(2, 1, *size)
+            run = taps(base.pack(torch.ones(1, 1, dtype=dtype), "csr"))
+            for clamp, most in ((PLAIN, math.inf), (RELU, math.inf), (RELU6, 6.0)):
+                y = run(x, Convolution((1, 1), clamp=clamp))
+                assert (y[0] == most).all()
+                assert (y[1] == clamp[0]).all()
+
+
+@needs_native
+def test_threads_change_no_bit(isa):  # noqa: F811
+    for dtype in DTYPES:
+        for outputs, images, size in ((130, 1, (33, 33)), (70, 3, (9, 40)), (65, 1, (3, 3)), (1, 5, (20, 70))):
+            packed = base.pack(weight(outputs, 40 * 9, dtype), "csr")
+            run, how = taps(packed, torch.randn(outputs)), Convolution((3, 3), before=(1, 1), after=(1, 1), clamp=RELU)
+            x = torch.randn(images, 40, *size).to(dtype)
+            found = []
+            for threads in (1, 2, 7):
+                torch.set_num_threads(threads)
+                found.append(run(x, how))
+            assert torch.equal(found[0], found[1])
+            assert torch.equal(found[0], found[2])
+
+
+@needs_native
+def test_two_callers_at_once():
+    packed, how = base.pack(weight(70, 180), "csr"), Convolution((3, 3), before=(1, 1), after=(1, 1))
+    run, inputs = taps(packed), [torch.randn(1, 20, 9 + k, 33) for k in range(8)]
+    expected = [run(x, how) for x in inputs]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            for y, wanted in zip(pool.map(lambda x: run(x, how), inputs), expected, strict=True):
+                assert torch.equal(y, wanted)
+
+
+@needs_native
+def test_no_images_give_no_images():
+    run = taps(base.pack(weight(5, 3), "csr"))
+    assert run(torch.empty(0, 3, 4, 4), Convolution((1, 1))).shape == (0, 5, 4, 4)
+
+
+@needs_native
+def test_inputs_that_do_not_fit_are_refused():
+    run, how = taps(base.pack(weight(6, 27), "csr")), Convolution((3, 3))
+    for x, message in (
+        (torch.randn(3, 9, 9), r"\(3, 9, 9\)"),
+        (torch.randn(1, 3, 9, 9, dtype=torch.float64), "float64"),
+        (torch.randn(1, 3, 9, 9, dtype=torch.bfloat16), "bfloat16"),
+        (torch.randn(1, 4, 9, 9), "does not fit"),
+        (torch.randn(1, 3, 2, 9), "does not fit"),
+        (torch.randn(1, 3, 9, 2), "does not fit"),
+    ):
+        with pytest.raises(PumiceError, match=message):
+            run(x, how)
+    x = torch.randn(1, 3, 9, 9)
+    with pytest.raises(PumiceError, match="does not fit"):
+        run(x, Convolution((3, 2)))
+    sparse = SparseConv2d(base.pack(weight(6, 27), "csr"), None, kernel_size=(3, 3))
+    with pytest.raises(PumiceError, match="does not fit"):
+        sparse(torch.randn(1, 4, 9, 9))
+    for add in (torch.randn(1, 6, 7, 8), torch.randn(6, 7, 7), torch.randn(1, 6, 7, 7, dtype=torch.bfloat16)):
+        with pytest.raises(PumiceError, match="add is"):
+            run(x, how, add)
+
+
+def refusal(dtype=torch.float32, device="cpu", **params):
+    call = dispatch.Call("conv2d", "csr", dtype, device, 1, (8, 8), params)
+    return {backend.name: reason for backend, reason in dispatch.candidates(call)}["taps"]
+
+
+def test_reasons_to_refuse():
+    assert "4 groups" in refusal(groups=4)
+    assert "zeros" in refusal(zeros=0)
+    assert "1024 positions" in refusal(kernel_h=64, kernel_w=64)
+    assert "float16" in refusal(torch.float16)
+    assert "cuda" in refusal(device="cuda:0")
+    assert refusal() == cpu_backend.missing()
+    with pytest.raises(PumiceError, match="4 groups"):
+        dispatch.choose(dispatch.Call("conv2d", "csr", torch.float32, "cpu", 1, (8, 8), {"groups": 4}))
+
+
+@needs_native
+@pytest.mark.parametrize("column", [27, 127, 128, 5000])
+def test_damaged_columns_are_refused(column):
+    packed = base.pack(weight(70, 27), "csr")
+    columns = packed.tensors["columns"].clone()
+    columns[-1] = column
+    damaged = base.Packed("csr", packed.shape, packed.dtype, {**packed.tensors, "columns": columns})
+    with pytest.raises(PumiceError, match=r"damaged|outside"):
+        taps(damaged)
+
+
+@needs_native
+def test_damaged_row_starts_are_refused():
+    packed = base.pack(weight(70, 27), "csr")
+    for place, change in ((-1, -1), (-1, 5), (0, 1), (5, 100)):
+        starts = packed.tensors["row_starts"].clone()
+        starts[place] += change
+        damaged = base.Packed("csr", packed.shape, packed.dtype, {**packed.tensors, "row_starts": starts})
+        with pytest.raises(PumiceError, match=r"damaged|row"):
+            taps(damaged)
+
+
+def convolution(channels=8, outputs=16, kernel=3, layout="csr", dtype=torch.float32, params=None, **settings):
+    """An ordinary convolution with zeros, and its sparse twin."""
+    dense = nn.Conv2d(channels, outputs, kernel, **settings).to(dtype)
+    flat = dense.weight.flatten(1)
+    params = LAYOUTS[layout] if params is None else params
+    with torch.no_grad():
+        dense.weight.mul_(mask_of(layout, *flat.shape, params, 0.4).view_as(dense.weight))
+    packed = base.pack(dense.weight.detach().flatten(1), layout, **params)
+    dense.requires_grad_(False)
+    return dense, SparseConv2d.from_module(copy.deepcopy(dense), packed)
+
+
+SETTINGS = {
+    "3x3": {"padding": 1},
+    "strided": {"padding": 1, "stride": 2},
+    "even same": {"kernel": 2, "padding": "same"},
+    "1x1": {"kernel": 1},
+    "1x1 strided": {"kernel": 1, "stride": 2},
+    "no bias": {"bias": False},
+    "groups": {"groups": 2},
+    "reflect": {"padding": 1, "padding_mode": "reflect"},
+    "circular same": {"padding": "same", "padding_mode": "circular"},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", SETTINGS)
+def test_the_module_computes_as_the_ordinary_one(case, dtype):
+    dense, sparse = convolution(dtype=dtype, **SETTINGS[case])
+    dense.double()
+    for shape in ((2, 8, 9, 7), (8, 9, 7), (1, 8, 12, 33)):
+        x = torch.randn(shape).to(dtype)
+        for _ in range(2):
+            close(sparse(x), dense(x.double()), dtype)
+    x = torch.randn(3, 8, 9, 7).to(dtype).to(memory_format=torch.channels_last)
+    close(sparse(x), dense(x.double()), dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_are_those_of_the_masked_dense_one(layout):
+    for kernel, padding in ((3, 1), (1, 0)):
+        dense, sparse = convolution(kernel=kernel, padding=padding, layout=layout)
+        places = reference.positions(sparse.packed)
+        dense.requires_grad_()
+        sparse.requires_grad_()
+        x = torch.randn(2, 8, 6, 5)
+        ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        found = torch.autograd.grad(sparse(ours).square().sum(), (ours, sparse.values, sparse.bias))
+        wanted = torch.autograd.grad(dense(theirs).square().sum(), (theirs, dense.weight, dense.bias))
+        torch.testing.assert_close(found[0], wanted[0], rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(found[1].flatten(), wanted[1].flatten()[places], rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(found[2], wanted[2], rtol=1e-4, atol=1e-3)
+
+
+@needs_native
+def test_the_kernel_runs_where_no_gradients_are_asked_for(monkeypatch):
+    calls = []
+    backend = dispatch.get("conv2d", "csr", "taps")
+
+    def prepare(packed, bias):
+        run = backend.prepare(packed, bias)
+        return lambda x, how: (calls.append(tuple(x.shape)), run(x, how))[1]
+
+    key = ("conv2d", "csr", "taps")
+    monkeypatch.setitem(dispatch._backends, key, dispatch.Backend("taps", *key[:2], backend.refuse, prepare, 30))
+    for kernel in (3, 1):
+        _, sparse = convolution(kernel=kernel)
+        sparse.values.requires_grad_()
+        x = torch.randn(1, 8, 5, 5)
+        with torch.enable_grad():
+            sparse(x)
+        assert not calls
+        with torch.no_grad():
+            sparse(x)
+        assert calls == [(1, 8, 5, 5)]
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            sparse(x)
+        assert len(calls) == 1
+        with torch.inference_mode():
+            sparse(x)
+        assert len(calls) == 2
+        calls.clear()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_of_training_is_followed(layout):
+    for kernel in (3, 1):
+        _, sparse = convolution(kernel=kernel, layout=layout)
+        sparse.values.requires_grad_()
+        sparse.bias.requires_grad_()
+        optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1)
+        x = torch.randn(2, 8, 6, 5)
+        for _ in range(2):
+            with torch.no_grad():
+                before = sparse(x)
+            optimizer.zero_grad()
+            sparse(x).square().mean().backward()
+            optimizer.step()
+            with torch.no_grad():
+                after = sparse(x)
+                assert not torch.allclose(before, after)
+                close(after, F.conv2d(x, sparse.weight, sparse.bias))
+                sparse.values.mul_(2)
+                close(sparse(x), F.conv2d(x, sparse.weight, sparse.bias))
+
+
+def test_images_and_pixels_by_turns():
+    """The kernels for convolutions and for linear layers each keep a copy that is made from the same values."""
+    for layout in LAYOUTS:
+        dense, sparse = convolution(kernel=1, layout=layout)
+        x = torch.randn(2, 8, 6, 5)
+        for _ in range(2):
+            close(sparse(x), dense(x))
+            close(sparse(x[0]), dense(x[0]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        copy.deepcopy,
+        lambda s: pickle.loads(pickle.dumps(s)),
+        lambda s: s.to(torch.float64).to(torch.float32),
+        lambda s: (s.load_state_dict({k: v.clone() for k, v in s.state_dict().items()}), s)[1],
+        lambda s: (s.load_state_dict({k: v.clone() for k, v in s.state_dict().items()}, assign=True), s)[1],
+    ],
+    ids=["deepcopy", "pickle", "to", "load", "load assign"],
+)
+def test_nothing_stale_after(change):
+    dense, sparse = convolution(padding=1, layout="bitmask")
+    x = torch.randn(2, 8, 6, 5)
+    close(sparse(x), dense(x))
+    other = change(sparse)
+    close(other(x), dense(x))
+    with torch.no_grad():
+        other.values.mul_(2)
+        other.bias.mul_(2)
+    close(other(x), 2 * dense(x))
+    if other is not sparse:
+        close(sparse(x), dense(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("types", [(torch.bfloat16, torch.float32), (torch.float64, torch.bfloat16)], ids=str)
+def test_numbers_where_others_stood_in_memory_are_noticed(types):
+    for _ in range(10):
+        dense, sparse = convolution()
+        x = torch.randn(1, 8, 5, 5)
+        sparse(x)
+        for dtype in types:
+            dense, sparse = dense.to(dtype), sparse.to(dtype)
+        close(sparse(x.to(dtype)), dense.double()(x.to(dtype).double()), dtype)
+
+
+def test_replaced_parameters_are_noticed():
+    dense, sparse = convolution()
+    x = torch.randn(2, 8, 6, 5)
+    close(sparse(x), dense(x))
+    sparse.bias = nn.Parameter(torch.zeros(16), requires_grad=False)
+    close(sparse(x), F.conv2d(x, dense.weight))
+    sparse.values = nn.Parameter(torch.zeros_like(sparse.values), requires_grad=False)
+    assert not sparse(x).any()
+
+
+def test_autocast_acts_as_on_an_ordinary_one():
+    for kernel in (3, 1):
+        dense, sparse = convolution(kernel=kernel)
+        x = torch.randn(2, 8, 6, 5)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            assert sparse(x).dtype == dense(x).dtype == torch.bfloat16
+            torch.testing.assert_close(sparse(x), dense(x), rtol=2e-2, atol=2e-2)
+        close(sparse(x), dense(x))
+
+
+@pytest.mark.parametrize("case", ["3x3", "strided", "1x1", "groups", "reflect"])
+def test_compiles_without_a_break(case):
+    dense, sparse = convolution(**SETTINGS[case])
+    x = torch.randn(2, 8, 6, 5)
+    with torch.no_grad():
+        close(torch.compile(sparse, backend="eager", fullgraph=True)(x), dense(x))
+
+
+@needs_native
+def test_bytes_of_the_copy_are_told():
+    _, sparse = convolution()
+    assert sparse.derived_nbytes == 0
+    sparse(torch.randn(1, 8, 5, 5))
+    assert sparse.derived_nbytes == conv_cpu.taps_of(sparse.packed).nbytes
+
+
+def test_damaged_state_is_refused_before_a_kernel_reads_it():
+    _, sparse = convolution()
+    state = {name: tensor.clone() for name, tensor in sparse.state_dict().items()}
+    state["columns"].fill_(5000)
+    sparse.load_state_dict(state)
+    with pytest.raises(PumiceError):
+        sparse(torch.randn(1, 8, 5, 5))
+
+
+class Net(nn.Module):
+    """What networks do around their convolutions, and what must not be fused."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1, self.relu1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
+        self.pool = nn.MaxPool2d(3, 2, padding=1)
+        self.conv2, self.bn2 = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16, affine=False)
+        self.conv3, self.bn3, self.relu6 = nn.Conv2d(16, 24, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU6()
+        self.shared = nn.ReLU()
+        self.grouped, self.bng, self.inplace = nn.Conv2d(24, 24, 3, groups=4), nn.BatchNorm2d(24), nn.ReLU(inplace=True)
+        self.twice, self.bnt = nn.Conv2d(24, 24, 2, padding="same"), nn.BatchNorm2d(24)
+        self.conv4, self.bn4 = nn.Conv2d(24, 16, (3, 1), stride=(1, 2)), nn.BatchNorm2d(16)
+        self.conv5, self.last = nn.Conv2d(16, 8, 2, padding="same", bias=False), nn.ReLU()
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.pool(self.relu1(self.bn1(self.conv1(x))))
+        x = self.shared(self.bn2(self.conv2(x)) + x)
+        x = self.relu6(self.bn3(self.conv3(x)))
+        x = self.inplace(self.bng(self.grouped(x)))
+        x = self.shared(self.bnt(self.twice(x)))
+        x = self.twice(x)
+        x = self.conv4(x)
+        x = self.bn4(x) + x
+        x = F.relu(self.conv5(x))
+        return self.head(self.last(x - 0.1).mean((2, 3)))
+
+
+def lively(model, density=0.3):
+    """Zeros in the convolutions, norms as training leaves them; in eval mode."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            with torch.no_grad():
+                module.weight.mul_(torch.rand_like(module.weight) < density).mul_(1.5)
+        elif isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            if module.affine:
+                nn.init.normal_(module.weight, 1.0, 0.3)
+                nn.init.normal_(module.bias)
+    return model.eval()
+
+
+WAYS = [pytest.param("sparse", marks=needs_native), "onednn"]
+
+
+def clock(fast, monkeypatch):
+    """Times that do not depend on the machine: `fast` is the sparse kernels, or a dense backend by its name."""
+
+    def timed(runs):
+        for timing, run in runs:
+            run()
+            kind = timing.backend if timing.layout == "dense" else "sparse"
+            timing.ms = 1.0 if kind in (fast, "last") else 2.0
+
+    monkeypatch.setattr(convolve, "time_in_turns", timed)
+    monkeypatch.setattr(layer_timing, "time_in_turns", timed)
+    # Reading the versions of packages takes longer than the rest.
+    monkeypatch.setattr(verdicts, "machine_stamp", dict)
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    clock(request.param, monkeypatch)
+    return request.param
+
+
+def packed_net(x, **options):
+    """A network, and another one like it, packed."""
+    net = lively(Net())
+    return net, pumice.pack(copy.deepcopy(net), example=x, progress=False, **options)
+
+
+def agree(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+
+SPARSE = ("conv1", "conv2", "conv3", "conv4", "conv5")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", [*WAYS, "torch"])
+def test_a_packed_network_computes_the_same(way, monkeypatch):
+    clock(way, monkeypatch)
+    x = torch.randn(2, 3, 14, 13)
+    given = x.clone()
+    net, packed = packed_net(x)
+    for shape in ((2, 3, 14, 13), (1, 3, 14, 13), (3, 3, 20, 33)):
+        other = x if shape == x.shape else torch.randn(shape)
+        for _ in range(2):
+            agree(packed(other), net(other))
+    assert torch.equal(x, given)
+    kinds = {name: type(module) for name, module in packed.named_modules() if "conv" in name}
+    assert kinds == dict.fromkeys(SPARSE, SparseConv2d if way == "sparse" else nn.Conv2d)
+    assert type(packed.twice) is type(packed.grouped) is nn.Conv2d
+
+
+@torch.no_grad()
+def test_other_orders_in_memory_and_types_compute_the_same(way):
+    x = torch.randn(2, 3, 14, 13)
+    net, packed = packed_net(x)
+    last = x.to(memory_format=torch.channels_last)
+    agree(packed(last), net(last))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(packed(x), net(x), rtol=5e-2, atol=5e-2 * float(net(x).abs().max()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_types_that_no_kernel_takes_run_too(way, dtype):
+    x = torch.randn(2, 3, 14, 13)
+    net, packed = packed_net(x)
+    packed(x)
+    for module in packed.modules():
+        if isinstance(module, SparseLinear):
+            # What pack chose for a linear layer is for one type, and says so in another.
+            module.set_backends(None)
+    y, wanted = packed.to(dtype)(x.to(dtype)), net.to(dtype)(x.to(dtype))
+    assert y.dtype is dtype
+    torch.testing.assert_close(y, wanted, rtol=1e-2, atol=1e-2 * float(wanted.abs().max()))
+    agree(packed.float()(x), net.float()(x))
+
+
+@torch.no_grad()
+def test_bfloat16(way):
+    x = torch.randn(2, 3, 14, 13)
+    net, packed = packed_net(x, values="bfloat16")
+    y, wanted = packed(x.bfloat16()), net(x)
+    assert y.dtype is torch.bfloat16
+    torch.testing.assert_close(y.float(), wanted, rtol=5e-2, atol=5e-2 * float(wanted.abs().max()))
+
+
+def fused(model):
+    """Convolution -> the norm and the activation fused into it, by name."""
+    names = {id(module): name for name, module in model.named_modules()}
+    sites = [
+        m.__dict__["forward"].site for m in model.modules() if "forward" in m.__dict__ and hasattr(m.forward, "site")
+    ]
+    return {names[id(s.module)]: (names.get(id(s.norm)), names.get(id(s.activation))) for s in sites}
+
+
+def test_what_is_fused_and_what_is_not(monkeypatch):
+    clock("torch", monkeypatch)
+    _, packed = packed_net(torch.randn(1, 3, 14, 13))
+    assert fused(packed) == {
+        "conv1": ("bn1", "relu1"),
+        "conv2": ("bn2", None),
+        "conv3": ("bn3", "relu6"),
+        "grouped": ("bng", "inplace"),
+        "conv4": (None, None),
+        "conv5": (None, None),
+    }
+
+
+def test_names_weights_and_statistics_stay(way):
+    x = torch.randn(2, 3, 14, 13)
+    net, packed = packed_net(x)
+    with torch.no_grad():
+        packed(x)
+    before, after = net.state_dict(), packed.state_dict()
+    held = {name for name in before if type(net.get_submodule(name.rpartition(".")[0])) is nn.BatchNorm2d}
+    held |= {"grouped.weight", "grouped.bias", "twice.weight", "twice.bias", "conv2.bias", "conv4.bias"}
+    if way != "sparse":
+        held |= {f"{name}.weight" for name in SPARSE}
+    for name in sorted(held):
+        assert torch.equal(after[name], before[name]), name
+    assert {name.partition(".")[0] for name in after} == {name.partition(".")[0] for name in before}
+
+
+def test_unpack_gives_the_ordinary_network_back(way):
+    x = torch.randn(2, 3, 14, 13)
+    net, packed = packed_net(x)
+    back = pumice.unpack(packed)
+    assert not any("forward" in module.__dict__ for module in back.modules())
+    assert [type(m) for m in back.modules()] == [type(m) for m in net.modules()]
+    for (name, ours), theirs in zip(back.state_dict().items(), net.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert torch.equal(back(x), net(x))
+
+
+def test_who_asks_for_gradients_gets_the_ordinary_ones(way):
+    x = torch.randn(2, 3, 14, 13)
+    net, packed = packed_net(x)
+    for module in packed.modules():
+        if isinstance(module, SparseConv2d):
+            module.values.requires_grad_()
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, wanted = packed(ours), net(theirs)
+    agree(y.detach(), wanted.detach())
+    y.square().sum().backward()
+    wanted.square().sum().backward()
+    agree(ours.grad, theirs.grad)
+    for name in ("bn1.weight", "bn3.bias", "conv2.bias", "grouped.weight", "bng.weight", "head.bias"):
+        agree(packed.get_parameter(name).grad, net.get_parameter(name).grad)
+    weights = [m for m in packed.modules() if isinstance(m, SparseConv2d)]
+    for module in weights:
+        name = next(n for n, m in packed.named_modules() if m is module)
+        places = reference.positions(module.packed)
+        agree(module.values.grad.flatten(), net.get_parameter(f"{name}.weight").grad.flatten()[places])
+
+
+def test_in_training_norms_follow_the_images(way):
+    x = torch.randn(4, 3, 14, 13)
+    net, packed = packed_net(x)
+    packed.train()
+    net.train()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            agree(packed(x).detach(), net(x).detach())
+        for name in ("bn1", "bn2", "bng", "bn4"):
+            agree(packed.get_submodule(name).running_mean, net.get_submodule(name).running_mean)
+            assert packed.get_submodule(name).num_batches_tracked == net.get_submodule(name).num_batches_tracked
+    packed.eval()
+    net.eval()
+    with torch.no_grad():
+        agree(packed(x), net(x))
+
+
+@torch.no_grad()
+def test_changes_are_followed(way):
+    x = torch.randn(2, 3, 14, 13)
+    net, packed = packed_net(x)
+    packed(x)
+
+    def both(change):
+        before = packed(x)
+        change(net)
+        change(packed)
+        agree(packed(x), net(x))
+        assert not torch.allclose(packed(x), before)
+
+    both(lambda model: model.bn1.running_mean.add_(1))
+    both(lambda model: model.bn2.running_var.mul_(2))
+    both(lambda model: model.bn3.weight.mul_(-1))
+    both(lambda model: model.conv2.bias.sub_(0.5))
+    both(lambda model: next(model.conv1.parameters()).mul_(0.5))
+    both(lambda model: setattr(model.bn1, "bias", nn.Parameter(torch.full((16,), 0.5))))
+    held = {name: tensor.clone() + 0.1 for name, tensor in net.state_dict().items() if name.startswith("bn")}
+    both(lambda model: model.load_state_dict(held, strict=False))
+
+
+@torch.no_grad()
+def test_a_changed_type_leaves_nothing_stale(way):
+    x = torch.randn(2, 3, 14, 13)
+    net, packed = packed_net(x)
+    packed(x)
+    for model in (net, packed):
+        model.to(torch.bfloat16).to(torch.float32)
+    agree(packed(x), net(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, "saved"])
+def test_a_copy_follows_its_own_weights(way, duplicate):
+    x = torch.randn(2, 3, 14, 13)
+    net, packed = packed_net(x)
+    packed(x)
+    if duplicate == "saved":
+        file = io.BytesIO()
+        torch.save(packed, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    else:
+        other = duplicate(packed)
+    agree(other(x), net(x))
+    assert fused(other) == fused(packed)
+    for model in (other, changed := copy.deepcopy(net)):
+        model.bn1.running_mean.add_(1)
+        next(model.conv2.parameters()).zero_()
+        model.bng.bias.add_(1)
+    agree(other(x), changed(x))
+    agree(packed(x), net(x))
+    packed.bn3.bias.add_(3)
+    agree(other(x), changed(x))
+
+
+@torch.no_grad()
+def test_packing_twice(way, monkeypatch):
+    x = torch.randn(2, 3, 14, 13)
+    net, packed = packed_net(x)
+    for fast in ("sparse", "torch", way):
+        clock(fast, monkeypatch)
+        packed = pumice.pack(packed, example=x, progress=False, remeasure=True)
+        agree(packed(x), net(x))
+    assert len(fused(packed)) == 6
+    packed = pumice.pack(packed, progress=False)
+    agree(packed(x), net(x))
+
+
+@torch.no_grad()
+def test_what_was_measured_is_recalled(monkeypatch):
+    x = torch.randn(2, 3, 14, 13)
+    clock("onednn", monkeypatch)
+    net, packed = packed_net(x)
+    monkeypatch.setattr(convolve, "_measure", lambda *_: pytest.fail("measured again"))
+    again = pumice.pack(copy.deepcopy(net), example=x, progress=False)
+    assert pumice.describe(again).layers == pumice.describe(packed).layers
+    agree(again(x), net(x))
+
+
+def test_real_timing_measures_every_backend_or_gives_its_reason():
+    x = torch.randn(1, 3, 14, 13)
+    net = lively(nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)))
+    packed = pumice.pack(copy.deepcopy(net), example=x, progress=False)
+    layer = pumice.describe(packed).layers[0]
+    assert {(timing.layout == "dense", timing.backend) for timing in layer.timings} >= {
+        (True, "torch"),
+        (False, "taps"),
+    }
+    assert all((timing.ms is None) == (timing.reason is not None) for timing in layer.timings)
+    with torch.no_grad():
+        agree(packed(x), net(x))
+
+
+def test_each_convolution_is_described_once(way):
+    net, packed = packed_net(torch.randn(2, 3, 14, 13))
+    layers = [(layer.name.removesuffix(".weight"), layer) for layer in pumice.describe(packed).layers]
+    assert sorted(name for name, _ in layers) == sorted([*SPARSE, "grouped", "twice", "head"])
+    for name, layer in layers:
+        w = net.get_submodule(name).weight
+        assert layer.reason
+        assert layer.shape == tuple(w.flatten(1).shape)
+        assert layer.dense_bytes == 4 * w.numel()
+        assert layer.density == pytest.approx(float((w != 0).float().mean()))
+        stored = packed.get_submodule(name)
+        copied = getattr(stored, "derived_nbytes", 0)
+        assert layer.bytes >= (stored.nbytes + copied if isinstance(stored, SparseConv2d) else layer.dense_bytes)
+        if name in SPARSE:
+            assert (layer.layout != "dense") == (way == "sparse")
+            assert set(layer.ms) == set(layer.dense_ms) == {2}
+
+
+@torch.no_grad()
+def test_what_the_caller_and_the_model_hold_is_not_overwritten(way):
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third, self.fourth = (nn.ReLU() for _ in range(4))
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+            self.scale = nn.Parameter(torch.randn(1, 3, 1, 1))
+            self.register_buffer("shift", torch.randn(1, 3, 8, 8))
+
+        def forward(self, x):
+            y = self.conv(self.first(x))
+            return y, self.second(y) * self.third(self.scale) + self.fourth(self.shift[:, :, :1])
+
+    net = lively(Holder())
+    x = torch.randn(2, 3, 8, 8)
+    given, wanted = x.clone(), net(x)
+    packed = pumice.pack(copy.deepcopy(net), example=x, progress=False)
+    for _ in range(2):
+        for ours, theirs in zip(packed(x), wanted, strict=True):
+            agree(ours, theirs)
+    assert torch.equal(x, given)
+    assert torch.equal(packed.scale, net.scale)
+    assert torch.equal(packed.shift, net.shift)
+
+
+class Branching(nn.Module):
+    """A convolution, norm and ReLU, joined by a function of the test."""
+
+    def __init__(self, join):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()
+        self.other = nn.BatchNorm2d(4)
+        self.join = join
+
+    def forward(self, x):
+        return self.join(self, x)
+
+
+def kept_before_the_norm(m, x):
+    y = m.conv(x)
+    return m.relu(m.bn(y)), y
+
+
+def viewed_before_the_norm(m, x):
+    y = m.conv(x)
+    return m.relu(m.bn(y)) + y.mT.mT
+
+
+def data_before_the_relu(m, x):
+    y = m.bn(m.conv(x))
+    return m.relu(y) - y.data
+
+
+def two_norms(m, x):
+    y = m.conv(x)
+    return m.relu(m.bn(y)) + m.other(y)
+
+
+def two_norms_by_keyword(m, x):
+    y = m.conv(x)
+    return m.relu(m.bn(y)) + m.other(input=y)
+
+
+def all_by_keyword(m, x):
+    return m.relu(input=m.bn(input=m.conv(input=x)))
+
+
+def changed_in_place(m, x):
+    y = m.conv(x)
+    y += 1
+    return m.relu(m.bn(y))
+
+
+def copied_then_changed(m, x):
+    y = m.bn(m.conv(x))
+    z = y.clone()
+    return F.relu_(y) + m.relu(z)
+
+
+def read_again_later(m, x):
+    y = m.conv(x)
+    z = m.relu(y)
+    return z + m.bn(y)
+
+
+def read_as_a_slice(m, x):
+    y = m.conv(x)
+    part = y[:, :2]
+    return m.relu(m.bn(y))[:, :2] + part
+
+
+def in_a_list(m, x):
+    y = m.conv(x)
+    return torch.cat([m.relu(m.bn(y)), y], 1)
+
+
+@dataclass
+class Both:
+    """An output that is no tuple and no mapping."""
+
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+def in_an_object(m, x):
+    y = m.conv(x)
+    return Both(m.relu(m.bn(y)), y)
+
+
+def in_an_object_before_the_relu(m, x):
+    y = m.bn(m.conv(x)) * 2
+    return Both(m.relu(y), y)
+
+
+@torch.jit.script
+def doubled(y):
+    return y * 2
+
+
+def read_by_a_script(m, x):
+    y = m.conv(x)
+    return m.relu(m.bn(y)), doubled(y)
+
+
+def relu_before_the_convolution(m, x):
+    return m.bn(m.conv(m.relu(x * 2)))
+
+
+JOINS = (
+    kept_before_the_norm, viewed_before_the_norm, data_before_the_relu, two_norms, two_norms_by_keyword, all_by_keyword,
+    changed_in_place, copied_then_changed, read_again_later, read_as_a_slice, in_a_list, in_an_object,
+    in_an_object_before_the_relu, read_by_a_script, relu_before_the_convolution,
+)  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("join", JOINS)
+def test_only_what_nothing_else_reads_is_fused(join, monkeypatch):
+    clock("torch", monkeypatch)
+    net = lively(Branching(join))
+    x = torch.randn(2, 3, 7, 6)
+    packed = pumice.pack(copy.deepcopy(net), example=x, progress=False)
+    ours, theirs = packed(x), net(x)
+    if isinstance(ours, Both):
+        ours, theirs = vars(ours), vars(theirs)
+    for a, b in zip(tensors(ours), tensors(theirs), strict=True):
+        agree(a, b)
+
+
+@torch.no_grad()
+def test_a_layer_with_two_names(way):
+    net = lively(Branching(lambda m, x: m.relu(m.bn(m.again(x)))))
+    net.again = net.conv
+    x = torch.randn(2, 3, 7, 6)
+    packed = pumice.pack(copy.deepcopy(net), example=x, progress=False)
+    agree(packed(x), net(x))
+
+
+@torch.no_grad()
+def test_norms_without_statistics_and_pools_with_indices_stay(way):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)
+            self.pool, self.relu = nn.MaxPool2d(2, return_indices=True), nn.ReLU()
+
+        def forward(self, x):
+            y, places = self.pool(self.relu(self.bn(self.conv(x))))
+            return y, places
+
+    torch.manual_seed(1)
+    net = Odd().eval()
+    x = torch.randn(2, 3, 8, 8)
+    packed = pumice.pack(copy.deepcopy(net), example=x, progress=False)
+    agree(packed(x)[0], net(x)[0])
+    assert torch.equal(packed(x)[1], net(x)[1])
+
+
+def test_packing_in_training_mode_changes_no_statistics(way):
+    net = lively(Net()).train()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items() if name.startswith("bn")}
+    packed = pumice.pack(net, example=torch.randn(2, 3, 14, 13), progress=False)
+    for name, tensor in before.items():
+        assert torch.equal(packed.state_dict()[name], tensor), name
+    assert packed.training
+
+
+@torch.no_grad()
+def test_models_without_convolutions_or_parameters_take_an_example(way):
+    for net, x in (
+        (nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)), torch.randn(1, 3, 8, 8)),
+        (nn.Sequential(nn.Linear(8, 4), nn.ReLU()), torch.randn(2, 8)),
+    ):
+        wanted = net(x)
+        agree(pumice.pack(net, example=x, progress=False)(x), wanted)
+
+
+@pytest.mark.parametrize(
+    "example", [torch.randn(1, 4, 14, 13), torch.randn(7), "images"], ids=["channels", "1-D", "text"]
+)
+def test_an_example_that_does_not_fit_is_named(example):
+    net = lively(Net())
+    with pytest.raises(PumiceError, match="example="):
+        pumice.pack(net, example=example, progress=False)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
+@torch.no_grad()
+def test_a_packed_network_compiles(way):
+    x = torch.randn(2, 3, 14, 13)
+    net, packed = packed_net(x)
+    agree(torch.compile(packed, backend="eager")(x), net(x))
+
+
+@torch.no_grad()
+def test_resnet_of_hugging_face(way):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[16, 32], depths=[1, 2], layer_type="basic", num_labels=5
+    )
+    net = lively(transformers.ResNetForImageClassification(config))
+    x = torch.randn(2, 3, 32, 32)
+    packed = pumice.pack(copy.deepcopy(net), example=x, progress=False)
+    agree(packed(x).logits, net(x).logits)
+    assert any(isinstance(module, SparseConv2d) for module in packed.modules()) == (way == "sparse")
+    agree(pumice.unpack(packed)(x).logits, net(x).logits)
