@@ -15,6 +15,7 @@ TESTS = (
     "test_fuse.py",
     "test_kernels.py",
     "test_coded_kernels.py",
+    "test_conv_kernels.py",
     "test_lanes.py",
     "test_grouped_kernels.py",
     "test_calibration_kernels.py",

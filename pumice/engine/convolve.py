@@ -440,7 +440,10 @@ def pack_site(site: Site, remeasure: bool = False) -> Packing:
     for passed in (site.norm, site.activation):
         if passed is not None:
             passed.__dict__["forward"] = Passed(passed)
-    return Packing(module, packed, verdict, dispatch.get("conv2d", packed.layout, backend).extra(packed))
+    extra = dispatch.get("conv2d", packed.layout, backend).extra(packed)
+    # PyTorch's own convolution runs from the folded copy itself.
+    folded = packed.nbytes if backend == "torch" and site.norm is not None else 0
+    return Packing(module, packed, verdict, extra + folded)
 
 
 def pack_others(found: Found, dtype: torch.dtype) -> None:

@@ -60,7 +60,7 @@ def _prepare_torch(packed: Packed, bias: Tensor | None) -> Run:
 
 
 def _prepare_onednn(packed: Packed, bias: Tensor | None) -> Run:
-    weight_OI, bias_O = _parts(packed, bias)
+    *given, bias_O = _parts(packed, bias)
     ordered: dict[Convolution, Any] = {}
 
     def run(x_NCHW: Tensor, how: Convolution, add_NOHW: Tensor | None = None) -> Tensor:
@@ -68,7 +68,9 @@ def _prepare_onednn(packed: Packed, bias: Tensor | None) -> Run:
         settings = (padding, how.stride, how.dilation, how.groups)
         if how not in ordered:
             # The order that is best depends on the size of x too; that of the first is kept.
-            weight = weight_OI.unflatten(1, (-1, *how.kernel_size)).contiguous()
+            # Only the copy is kept, since nobody else may hold what was given.
+            plain = given.pop() if given else next(iter(ordered.values())).to_dense().flatten(1)
+            weight = plain.unflatten(1, (-1, *how.kernel_size)).contiguous()
             ordered[how] = torch.ops.mkldnn._reorder_convolution_weight(weight, *settings, list(x_NCHW.shape))
         attribute = ATTRIBUTES.get(how.clamp) if add_NOHW is None else None
         y_NOHW = torch.ops.mkldnn._convolution_pointwise.default(

@@ -1,0 +1,303 @@
+"""The kernels of sparse convolutions, of every instruction set.
+
+The yardstick is PyTorch's convolution of the unpacked weight in float64; what bf16 adds is one rounding of the result.
+"""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pumice.core import dispatch
+from pumice.core.convolution import Convolution
+from pumice.core.errors import PumiceError
+from pumice.weights.layouts import base
+from pumice.weights.modules import SparseConv2d
+from tests.test_kernels import isa, mask_of, needs_native  # noqa: F401
+
+dispatch.discover()
+from pumice.kernels import conv_cpu, cpu_backend, reference  # noqa: E402
+
+LAYOUTS = {"csr": {}, "bitmask": {}, "nm": {"n": 2, "m": 4}, "block": {"r": 4, "c": 8}}
+DTYPES = (torch.float32, torch.bfloat16)
+PLAIN, RELU, RELU6 = (-math.inf, math.inf), (0.0, math.inf), (0.0, 6.0)
+CASES = (
+    # outputs, channels, kernel, size, stride, padding, dilation
+    (1, 1, (1, 1), (1, 1), (1, 1), (0, 0), (1, 1)),
+    (65, 5, (1, 1), (1, 1), (1, 1), (0, 0), (1, 1)),
+    (70, 33, (1, 1), (7, 9), (1, 1), (0, 0), (1, 1)),
+    (6, 130, (1, 1), (8, 16), (1, 1), (0, 0), (1, 1)),
+    (3, 300, (1, 1), (9, 33), (1, 1), "valid", (1, 1)),
+    (64, 16, (1, 1), (9, 7), (2, 2), (0, 0), (1, 1)),
+    (3, 2, (1, 1), (70, 9), (3, 1), (2, 0), (1, 1)),
+    (3, 2, (1, 1), (5, 5), (1, 1), (2, 1), (1, 1)),
+    (66, 1, (3, 3), (7, 7), (1, 1), (1, 1), (1, 1)),
+    (130, 20, (3, 3), (9, 33), (1, 1), (1, 1), (1, 1)),
+    (3, 2, (3, 3), (1, 1), (1, 1), (1, 1), (1, 1)),
+    (3, 2, (3, 3), (2, 3), (1, 1), (4, 5), (1, 1)),
+    (10, 3, (3, 3), (33, 9), (3, 2), (1, 0), (2, 1)),
+    (3, 2, (3, 3), (13, 12), (4, 3), (1, 2), (3, 4)),
+    (6, 3, (3, 1), (9, 7), (1, 2), (1, 0), (1, 1)),
+    (5, 3, (7, 7), (33, 70), (2, 2), (3, 3), (1, 1)),
+    (9, 4, (5, 5), (9, 9), (2, 3), (2, 2), (1, 2)),
+    (4, 3, (5, 5), (5, 7), (1, 1), (0, 0), (1, 1)),
+    (4, 6, (2, 2), (9, 33), (2, 2), (0, 0), (1, 1)),
+    (2, 3, (2, 2), (11, 12), (5, 4), (0, 0), (1, 1)),
+    (7, 3, (2, 2), (7, 9), (1, 1), "same", (1, 1)),
+    (4, 3, (2, 4), (9, 7), (1, 1), "same", (2, 3)),
+    (4, 2, (3, 5), (70, 9), (1, 1), "same", (1, 2)),
+)
+VARIANTS = (
+    # images, bias, clamp, add, memory format of x
+    (1, True, PLAIN, False, torch.contiguous_format),
+    (3, False, RELU, True, torch.channels_last),
+    (2, True, RELU6, True, torch.contiguous_format),
+)
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch, tmp_path):
+    """Threads and kernels are put back; what is measured is kept for this test alone."""
+    monkeypatch.setenv("PUMICE_CACHE", str(tmp_path))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+    if cpu_backend.native is not None:
+        cpu_backend.force(None)
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that torch.empty gives out is filled with NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(4).isnan().all()
+
+
+def weight(outputs, inputs, dtype=torch.float32, density=0.3):
+    w_OI = torch.randn(outputs, inputs) * (torch.rand(outputs, inputs) < density)
+    if outputs > 2:
+        w_OI[1::3] = 0
+    return w_OI.to(dtype)
+
+
+def nbytes(tensors):
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def taps(packed, bias=None):
+    return dispatch.get("conv2d", packed.layout, "taps").prepare(packed, bias)
+
+
+def exact(x, packed, bias, how, add=None):
+    """The convolution in float64; padding by hand, since it may differ before and after."""
+    x = F.pad(x.double(), (how.before[1], how.after[1], how.before[0], how.after[0]))
+    settings = {"kernel_size": how.kernel_size, "stride": how.stride, "dilation": how.dilation}
+    y = reference.conv2d(x, packed, bias, **settings)
+    return (y if add is None else y + add.double()).clamp(*how.clamp)
+
+
+def close(y, expected, dtype=torch.float32, **allowed):
+    assert y.dtype is dtype
+    torch.testing.assert_close(
+        y.double(), expected.double(), rtol=1e-5 if dtype is torch.float32 else 2**-8, atol=1e-4, **allowed
+    )
+
+
+def sweep(run, packed, bias, channels, size, how, variants=VARIANTS):
+    for images, biased, clamp, added, order in variants:
+        held = bias if biased else None
+        full = Convolution(how.kernel_size, how.stride, how.before, how.after, how.dilation, clamp=clamp)
+        x = (3 * torch.randn(images, channels, *size)).to(packed.dtype).to(memory_format=order)
+        shape = (images, packed.shape[0], *full.output(*size))
+        add = torch.randn(shape).to(packed.dtype).to(memory_format=order) if added else None
+        y = run[biased](x, full) if add is None else run[biased](x, full, add)
+        assert y.shape == shape
+        assert y.is_contiguous()
+        close(y, exact(x, packed, held, full, add), packed.dtype)
+
+
+def check(packed, channels, size, how, variants=VARIANTS):
+    bias = torch.randn(packed.shape[0]).to(packed.dtype)
+    sweep({True: taps(packed, bias), False: taps(packed)}, packed, bias, channels, size, how, variants)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instruction_set_convolves_any_shape(isa, dtype, poisoned):  # noqa: F811
+    for outputs, channels, kernel, size, *settings in CASES:
+        how = Convolution.of(kernel, *settings)
+        check(base.pack(weight(outputs, channels * math.prod(kernel), dtype), "csr"), channels, size, how)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_outputs_are_as_many_as_pytorch_says(case):
+    outputs, channels, kernel, size, stride, padding, dilation = case
+    how = Convolution.of(kernel, stride, padding, dilation)
+    w = torch.zeros(outputs, channels, *kernel)
+    y = F.conv2d(torch.zeros(1, channels, *size), w, None, stride, padding, dilation)
+    assert how.output(*size) == y.shape[2:]
+
+
+@needs_native
+@pytest.mark.parametrize("density", [0.0, 0.02, 1.0])
+def test_weights_from_empty_to_full(isa, density, poisoned):  # noqa: F811
+    for dtype in DTYPES:
+        for channels, kernel, padding in ((300, (1, 1), (0, 0)), (20, (3, 3), (1, 1))):
+            w_OI = (torch.randn(70, channels * math.prod(kernel))).to(dtype)
+            w_OI *= torch.rand(w_OI.shape) < density
+            check(base.pack(w_OI, "csr"), channels, (9, 8), Convolution(kernel, before=padding, after=padding))
+
+
+@needs_native
+def test_outputs_of_very_different_lengths(isa):  # noqa: F811
+    for dtype in DTYPES:
+        w_OI = torch.randn(150, 270) * (torch.rand(150, 270) < torch.rand(150, 1).square())
+        w_OI[:, 128:256] = 0
+        w_OI[64:128] = 0
+        check(base.pack(w_OI.to(dtype), "csr"), 30, (7, 9), Convolution((3, 3), before=(1, 1), after=(1, 1)))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_convolved(layout, dtype):
+    params = LAYOUTS[layout]
+    for channels, kernel, padding in ((8, (3, 3), (1, 1)), (40, (1, 1), (0, 0)), (4, (2, 2), "same")):
+        inputs = channels * math.prod(kernel)
+        w_OI = torch.where(mask_of(layout, 68, inputs, params, 0.4), torch.randn(68, inputs), 0.0).to(dtype)
+        w_OI[:4] = 0
+        packed = base.pack(w_OI, layout, **params)
+        check(packed, channels, (9, 7), Convolution.of(kernel, (1, 1), padding, (1, 1)))
+        assert dispatch.get("conv2d", layout, "taps").extra(packed) == nbytes(conv_cpu.taps_of(packed)) > 0
+
+
+@needs_native
+@pytest.mark.parametrize("clamp", [PLAIN, RELU, RELU6], ids=["plain", "relu", "relu6"])
+def test_nan_stays_nan_where_it_is_read_and_nowhere_else(isa, clamp):  # noqa: F811
+    for dtype in DTYPES:
+        for size, kernel, stride, padding in (((8, 16), 1, 1, 0), ((7, 9), 3, 1, 1), ((9, 33), 3, 2, 0)):
+            packed = base.pack(weight(70, 6 * kernel * kernel, dtype), "csr")
+            how = Convolution.of((kernel, kernel), (stride, stride), (padding, padding), (1, 1), clamp=clamp)
+            x = torch.randn(2, 6, *size).to(dtype)
+            x[0, 2, 3, 4] = x[1, 5, 6, 7] = math.nan
+            add = torch.randn(2, 70, *how.output(*size)).to(dtype)
+            added = add.clone()
+            added[1, 3, 0, 0] = math.nan
+            read = base.unpack(packed).ne(0).double().unflatten(1, (6, kernel, kernel))
+            touched = F.conv2d(x.isnan().double(), read, None, stride, padding) > 0
+            assert touched.any()
+            finite = exact(x.nan_to_num(), packed, None, how)
+            close(taps(packed)(x, how), finite.masked_fill(touched, math.nan), dtype, equal_nan=True)
+            finite = exact(x.nan_to_num(), packed, None, how, add).masked_fill(touched | added.isnan(), math.nan)
+            close(taps(packed)(x, how, added), finite, dtype, equal_nan=True)
+
+
+@needs_native
+def test_infinite_numbers_are_clamped(isa):  # noqa: F811
+    for dtype in DTYPES:
+        for size in ((8, 8), (3, 3)):
+            x = torch.tensor([math.inf, -math.inf]).to(dtype).view(2, 1, 1, 1).expand(2, 1, *size)
+            run = taps(base.pack(torch.ones(1, 1, dtype=dtype), "csr"))
+            for clamp, most in ((PLAIN, math.inf), (RELU, math.inf), (RELU6, 6.0)):
+                y = run(x, Convolution((1, 1), clamp=clamp))
+                assert (y[0] == most).all()
+                assert (y[1] == clamp[0]).all()
+
+
+@needs_native
+def test_threads_change_no_bit(isa):  # noqa: F811
+    for dtype in DTYPES:
+        for outputs, images, size in ((130, 1, (33, 33)), (70, 3, (9, 40)), (65, 1, (3, 3)), (1, 5, (20, 70))):
+            packed = base.pack(weight(outputs, 40 * 9, dtype), "csr")
+            run, how = taps(packed, torch.randn(outputs)), Convolution((3, 3), before=(1, 1), after=(1, 1), clamp=RELU)
+            x = torch.randn(images, 40, *size).to(dtype)
+            found = []
+            for threads in (1, 2, 7):
+                torch.set_num_threads(threads)
+                found.append(run(x, how))
+            assert torch.equal(found[0], found[1])
+            assert torch.equal(found[0], found[2])
+
+
+@needs_native
+def test_two_callers_at_once():
+    packed, how = base.pack(weight(70, 180), "csr"), Convolution((3, 3), before=(1, 1), after=(1, 1))
+    run, inputs = taps(packed), [torch.randn(1, 20, 9 + k, 33) for k in range(8)]
+    expected = [run(x, how) for x in inputs]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            for y, wanted in zip(pool.map(lambda x: run(x, how), inputs), expected, strict=True):
+                assert torch.equal(y, wanted)
+
+
+@needs_native
+def test_no_images_give_no_images():
+    run = taps(base.pack(weight(5, 3), "csr"))
+    assert run(torch.empty(0, 3, 4, 4), Convolution((1, 1))).shape == (0, 5, 4, 4)
+
+
+@needs_native
+def test_inputs_that_do_not_fit_are_refused():
+    run, how = taps(base.pack(weight(6, 27), "csr")), Convolution((3, 3))
+    for x, message in (
+        (torch.randn(3, 9, 9), r"\(3, 9, 9\)"),
+        (torch.randn(1, 3, 9, 9, dtype=torch.float64), "float64"),
+        (torch.randn(1, 3, 9, 9, dtype=torch.bfloat16), "bfloat16"),
+        (torch.randn(1, 4, 9, 9), "does not fit"),
+        (torch.randn(1, 3, 2, 9), "does not fit"),
+        (torch.randn(1, 3, 9, 2), "does not fit"),
+    ):
+        with pytest.raises(PumiceError, match=message):
+            run(x, how)
+    x = torch.randn(1, 3, 9, 9)
+    with pytest.raises(PumiceError, match="does not fit"):
+        run(x, Convolution((3, 2)))
+    sparse = SparseConv2d(base.pack(weight(6, 27), "csr"), None, kernel_size=(3, 3))
+    with pytest.raises(PumiceError, match="does not fit"):
+        sparse(torch.randn(1, 4, 9, 9))
+    for add in (torch.randn(1, 6, 7, 8), torch.randn(6, 7, 7), torch.randn(1, 6, 7, 7, dtype=torch.bfloat16)):
+        with pytest.raises(PumiceError, match="add is"):
+            run(x, how, add)
+
+
+def refusal(dtype=torch.float32, device="cpu", **params):
+    call = dispatch.Call("conv2d", "csr", dtype, device, 1, (8, 8), params)
+    return {backend.name: reason for backend, reason in dispatch.candidates(call)}["taps"]
+
+
+def test_reasons_to_refuse():
+    assert "4 groups" in refusal(groups=4)
+    assert "zeros" in refusal(zeros=0)
+    assert "1024 positions" in refusal(kernel_h=64, kernel_w=64)
+    assert "float16" in refusal(torch.float16)
+    assert "cuda" in refusal(device="cuda:0")
+    assert refusal() == cpu_backend.missing()
+    with pytest.raises(PumiceError, match="4 groups"):
+        dispatch.choose(dispatch.Call("conv2d", "csr", torch.float32, "cpu", 1, (8, 8), {"groups": 4}))
+
+
+@needs_native
+@pytest.mark.parametrize("column", [27, 127, 128, 5000])
+def test_damaged_columns_are_refused(column):
+    packed = base.pack(weight(70, 27), "csr")
+    columns = packed.tensors["columns"].clone()
+    columns[-1] = column
+    damaged = base.Packed("csr", packed.shape, packed.dtype, {**packed.tensors, "columns": columns})
+    with pytest.raises(PumiceError, match=r"damaged|outside"):
+        taps(damaged)
+
+
+@needs_native
+def test_damaged_row_starts_are_refused():
+    packed = base.pack(weight(70, 27), "csr")
+    for place, change in ((-1, -1), (-1, 5), (0, 1), (5, 100)):
+        starts = packed.tensors["row_starts"].clone()
+        starts[place] += change
+        damaged = base.Packed("csr", packed.shape, packed.dtype, {**packed.tensors, "row_starts": starts})
+        with pytest.raises(PumiceError, match=r"damaged|row"):
+            taps(damaged)
