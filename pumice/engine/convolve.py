@@ -169,10 +169,11 @@ def look(model: nn.Module, example: Any) -> Found:
             result = call_model(model.eval(), example)
         seen.end()
         del result
-    except (RuntimeError, TypeError, ValueError, PumiceError) as error:
+    except Exception as error:
+        # What is raised depends on where the model first notices.
         raise PumiceError(
             f"example={_text(example)} cannot be run through {type(model).__name__} "
-            f"({str(error).splitlines()[0]}): give an input as the model takes it, images [N, C, H, W] for instance."
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}): give an input as the model takes it, images [N, C, H, W] for instance."
         ) from error
     finally:
         for handle in handles:
