@@ -78,7 +78,7 @@ def forms(packed: Packed) -> list[Packed]:
     from pumice.weights.layouts.base import grid_of, possible, repack, unpack
 
     found = possible(unpack(packed), grid_of(packed), memory=True)
-    same = [(name, params) for name, params, _ in found if name == f"{packed.layout}-lanes"]
+    same = [(name, params) for name, params, _ in found if name in (f"{packed.layout}-lanes", f"{packed.layout}-tiles")]
     return [packed, *(repack(packed, name, **params) for name, params in same)]
 
 

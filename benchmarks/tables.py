@@ -265,6 +265,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         for part in ("mlp", "resnet", "int4", "decode")
     },
     "docs/repair.md": {"repairs": measured("repair_quality.json", repairs)},
+    "docs/roofline.md": {"roofline": measured("roofline.json", sections.roofline)},
     "docs/shrink.md": {
         "shrink": measured("shrink_quality.json", shrunk),
         "scratch": measured("scratch.json", sections.scratch),
