@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -106,7 +105,8 @@ def draw(results: dict[str, Any]) -> Figure:
             axes.plot([], [], "-", color=COLOURS.get(rows, "black"), label=f"{rows} row{'s' if rows > 1 else ''}")
         axes.set(xscale="log", yscale="log", xlabel="operations a byte moved", ylabel="GFLOP/s (zeros not counted)")
         axes.set_title(f"{run['threads']} thread{'s' if run['threads'] > 1 else ''}")
-        axes.set_ylim(10 ** math.floor(math.log10(wide[0] * rate / 1e9)), flops / 1e9 * 3)
+        lowest = min(wide[0] * rate / 1e9, *(point["flops"] / point["ms"] / 1e6 for point in run["points"]))
+        axes.set_ylim(lowest * 0.7, flops / 1e9 * 3)
         axes.grid(True, which="both", alpha=0.2)
         axes.legend(fontsize=7, loc="lower right")
     return figure

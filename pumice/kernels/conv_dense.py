@@ -7,6 +7,7 @@ Legend: N images, C channels, H rows, W columns, O outputs, I inputs of an outpu
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -81,8 +82,20 @@ def _prepare_onednn(packed: Packed, bias: Tensor | None) -> Run:
     return run
 
 
+@cache
+def _missing(dtype: torch.dtype) -> str | None:
+    """Why oneDNN cannot convolve with a weight in its own order here, or None; found out by trying it once."""
+    weight_OI, x_NCHW = torch.ones(8, 72, dtype=dtype), torch.ones(1, 8, 5, 5, dtype=dtype)
+    try:
+        run = _prepare_onednn(Packed("dense", (8, 72), dtype, {"weight": weight_OI}, {}), None)
+        y_NOHW = run(x_NCHW, Convolution((3, 3)))
+    except (RuntimeError, AttributeError) as error:
+        return f"this PyTorch cannot order a convolution's weight for oneDNN ({str(error).splitlines()[0]})"
+    return None if bool((y_NOHW == 72).all()) else "oneDNN gave a wrong convolution in a trial"
+
+
 def _refuse_onednn(call: Call) -> str | None:
-    return limits(call, devices=("cpu",), dtypes=DTYPES) or onednn_missing(call.dtype)
+    return limits(call, devices=("cpu",), dtypes=DTYPES) or onednn_missing(call.dtype) or _missing(call.dtype)
 
 
 def _anything(call: Call) -> str | None:
