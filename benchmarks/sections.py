@@ -368,7 +368,7 @@ def peers(results: Results, part: str) -> str:
             missing.append(f"{name} ({next(row['missing'] for row in found if 'missing' in row)})")
             continue
         cells = [_cell(row) for row in found]
-        if part == "decode":
+        if part.startswith("decode"):
             cells = [f"{cell} ({1e3 / row['ms']:.0f})" if cell else "" for cell, row in zip(cells, found, strict=True)]
         last = timed[-1]
         ran = "; ".join(dict.fromkeys(row["ran"] for row in timed if "ran" in row))
@@ -381,9 +381,14 @@ def peers(results: Results, part: str) -> str:
         "mlp": "ms for the network",
         "resnet": "ms for the network",
         "int4": "ms for the product",
-        "decode": "ms a token (tokens a second)",
-    }[part]
-    head = [what, *columns, *(["error"] if part != "decode" else []), *(["MB"] if part != "mlp" else []), "ran as"]
+    }.get(part, "ms a token (tokens a second)")
+    head = [
+        what,
+        *columns,
+        *([] if part.startswith("decode") else ["error"]),
+        *(["MB"] if part != "mlp" else []),
+        "ran as",
+    ]
     parts = [table(head, body)]
     if part == "mlp" and any("int8" in name for name in names):
         parts += ["Among rows in bf16 and float32:", _beaten(tables, "int8"), "Among all, int8 too:"]

@@ -262,7 +262,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/peers.md": {
         f"peers {part}": measured("peers.json", lambda results, part=part: sections.peers(results, part))
-        for part in ("mlp", "resnet", "int4", "decode")
+        for part in ("mlp", "resnet", "int4", "decode", "decode-1.2b")
     },
     "docs/repair.md": {"repairs": measured("repair_quality.json", repairs)},
     "docs/roofline.md": {"roofline": measured("roofline.json", sections.roofline)},
