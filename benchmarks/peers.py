@@ -103,10 +103,8 @@ DECODE: dict[str, Row] = {
     "Pumice bf16, 50 % zeros, head int8": ours(make="decode_pumice", row="50 % bf16, head int8", fused=True),
     "Pumice int8, dense": ours(make="decode_pumice", row="dense int8, head int8", fused=True),
     "Pumice int8, 50 % zeros": ours(make="decode_pumice", row="50 % int8, head int8", fused=True),
-    "Pumice int4 groups, dense": ours(make="decode_pumice", row="dense int4 groups, head int8", fused=True),
-    "Pumice int4, 50 % of 1x16 groups gone": ours(
-        make="decode_pumice", row="50 % of 1x16 groups int4, head int8", fused=True
-    ),
+    "Pumice int4 groups, dense": ours(make="decode_pumice", row="dense int4 groups", fused=True),
+    "Pumice int4, 50 % of 1x16 groups gone": ours(make="decode_pumice", row="50 % of 1x16 groups int4", fused=True),
     **{
         f"llama.cpp {name}": {"peer": "llama", "make": "decode_llama", "file_type": number}
         for name, number in FILE_TYPES.items()
