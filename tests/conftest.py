@@ -11,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What one test measures is not for another: nothing can be kept here.
 os.environ["PUMICE_CACHE"] = os.devnull
 ROOT = Path(__file__).resolve().parent.parent
+ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
 
 
 def pytest_make_parametrize_id(config, val, argname):
@@ -47,3 +48,38 @@ def package_dir(package: str) -> Path:
 def stories():
     """Directory of stories15M, a real 15M Llama."""
     return shared("models", "stories15M-hf")
+
+
+@pytest.fixture
+def one_thread():
+    """Numbers of a seed and one thread; threads and kernels are put back afterwards."""
+    from pumice.kernels import cpu_backend
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+    if cpu_backend.native is not None:
+        cpu_backend.force(None)
+
+
+@pytest.fixture
+def poisoned(one_thread):
+    """Memory that torch.empty gives out is filled with NaN, beside one thread and a seed."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(4).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, one_thread):
+    """Each instruction set in turn; one that this machine lacks is skipped with the reason."""
+    from pumice.kernels import cpu_backend
+
+    reason = cpu_backend.instruction_sets().get(request.param, cpu_backend.missing())
+    if reason is not None:
+        pytest.skip(reason)
+    cpu_backend.force(request.param)
+    return request.param

@@ -10,13 +10,12 @@ import torch.nn.functional as F
 
 from pumice.core import dispatch
 from pumice.core.errors import PumiceError
+from pumice.kernels import coded_ops, cpu_backend, ops
 from pumice.weights.grid import Coding
 from pumice.weights.layouts import base
-from tests.test_kernels import isa, needs_native, poisoned  # noqa: F401
+from tests.test_kernels import needs_native
 
-dispatch.discover()
-from pumice.kernels import coded_ops, cpu_backend, ops  # noqa: E402
-
+pytestmark = pytest.mark.usefixtures("poisoned")
 CODINGS = [Coding("int8", 8)] + [Coding("int4", 4, group, zero) for group in (16, 32) for zero in (False, True)]
 SHAPES = ((1, 16), (4, 37), (3, 48), (33, 160), (130, 128), (7, 1056))
 LAYOUTS = ("int8", "int8-bitmask", "int8-nm", "int8-block", "int4", "int4-bitmask", "int3", "int3-bitmask")
@@ -58,7 +57,7 @@ def layouts_of(coding):
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("coding", CODINGS, ids=lambda c: f"{c.name}-{c.group}-{c.zero}")
-def test_kernels_of_every_instruction_set(isa, coding, dtype):  # noqa: F811
+def test_kernels_of_every_instruction_set(isa, coding, dtype):
     for o, i in SHAPES:
         if coding.group and i % coding.group:
             continue
@@ -75,7 +74,7 @@ def test_kernels_of_every_instruction_set(isa, coding, dtype):  # noqa: F811
 
 @needs_native
 @pytest.mark.parametrize("density", [0.0, 1.0])
-def test_empty_and_full_matrices(isa, density):  # noqa: F811
+def test_empty_and_full_matrices(isa, density):
     for coding in CODINGS:
         for layout in layouts_of(coding):
             packed = matrix(layout, 24, 96, torch.bfloat16, coding, density)
@@ -89,7 +88,7 @@ def test_empty_and_full_matrices(isa, density):  # noqa: F811
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("layout", NATIVE)
-def test_threads_give_the_same_bits_and_panels_the_very_matrix(isa, layout, dtype):  # noqa: F811
+def test_threads_give_the_same_bits_and_panels_the_very_matrix(isa, layout, dtype):
     coding = Coding("int4", 4, 16) if "int4" in layout else Coding("int8", 8)
     packed = matrix(layout, 516, 1024, dtype, coding)
     run, x = dispatch.get("linear", layout, "decode").prepare(packed, None), torch.randn(3, 1024).to(dtype)
@@ -103,7 +102,7 @@ def test_threads_give_the_same_bits_and_panels_the_very_matrix(isa, layout, dtyp
 
 
 @needs_native
-def test_not_a_number_is_not_hidden_nor_spread(isa):  # noqa: F811
+def test_not_a_number_is_not_hidden_nor_spread(isa):
     for coding in CODINGS:
         for layout in layouts_of(coding):
             packed = matrix(layout, 8, 160, torch.bfloat16, coding, density=0.4)

@@ -13,13 +13,12 @@ import torch.nn.functional as F
 from pumice.core import dispatch
 from pumice.core.convolution import Convolution
 from pumice.core.errors import PumiceError
+from pumice.kernels import conv_cpu, cpu_backend, reference
 from pumice.weights.layouts import base
 from pumice.weights.modules import SparseConv2d
-from tests.test_kernels import isa, mask_of, needs_native  # noqa: F401
+from tests.test_kernels import mask_of, needs_native
 
-dispatch.discover()
-from pumice.kernels import conv_cpu, cpu_backend, reference  # noqa: E402
-
+pytestmark = pytest.mark.usefixtures("poisoned")
 LAYOUTS = {"csr": {}, "bitmask": {}, "nm": {"n": 2, "m": 4}, "block": {"r": 4, "c": 8}}
 DTYPES = (torch.float32, torch.bfloat16)
 PLAIN, RELU, RELU6 = (-math.inf, math.inf), (0.0, math.inf), (0.0, 6.0)
@@ -55,27 +54,6 @@ VARIANTS = (
     (3, False, RELU, True, torch.channels_last),
     (2, True, RELU6, True, torch.contiguous_format),
 )
-
-
-@pytest.fixture(autouse=True)
-def as_before(monkeypatch, tmp_path):
-    """Threads and kernels are put back; what is measured is kept for this test alone."""
-    monkeypatch.setenv("PUMICE_CACHE", str(tmp_path))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
-    if cpu_backend.native is not None:
-        cpu_backend.force(None)
-
-
-@pytest.fixture
-def poisoned():
-    """Memory that torch.empty gives out is filled with NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(4).isnan().all()
 
 
 def weight(outputs, inputs, dtype=torch.float32, density=0.3):
@@ -128,7 +106,7 @@ def check(packed, channels, size, how, variants=VARIANTS):
 
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_instruction_set_convolves_any_shape(isa, dtype, poisoned):  # noqa: F811
+def test_every_instruction_set_convolves_any_shape(isa, dtype):
     for outputs, channels, kernel, size, *settings in CASES:
         how = Convolution.of(kernel, *settings)
         check(base.pack(weight(outputs, channels * math.prod(kernel), dtype), "csr"), channels, size, how)
@@ -145,7 +123,7 @@ def test_outputs_are_as_many_as_pytorch_says(case):
 
 @needs_native
 @pytest.mark.parametrize("density", [0.0, 0.02, 1.0])
-def test_weights_from_empty_to_full(isa, density, poisoned):  # noqa: F811
+def test_weights_from_empty_to_full(isa, density):
     for dtype in DTYPES:
         for channels, kernel, padding in ((300, (1, 1), (0, 0)), (20, (3, 3), (1, 1))):
             w_OI = (torch.randn(70, channels * math.prod(kernel))).to(dtype)
@@ -154,7 +132,7 @@ def test_weights_from_empty_to_full(isa, density, poisoned):  # noqa: F811
 
 
 @needs_native
-def test_outputs_of_very_different_lengths(isa):  # noqa: F811
+def test_outputs_of_very_different_lengths(isa):
     for dtype in DTYPES:
         w_OI = torch.randn(150, 270) * (torch.rand(150, 270) < torch.rand(150, 1).square())
         w_OI[:, 128:256] = 0
@@ -178,7 +156,7 @@ def test_every_layout_is_convolved(layout, dtype):
 
 @needs_native
 @pytest.mark.parametrize("clamp", [PLAIN, RELU, RELU6], ids=["plain", "relu", "relu6"])
-def test_nan_stays_nan_where_it_is_read_and_nowhere_else(isa, clamp):  # noqa: F811
+def test_nan_stays_nan_where_it_is_read_and_nowhere_else(isa, clamp):
     for dtype in DTYPES:
         for size, kernel, stride, padding in (((8, 16), 1, 1, 0), ((7, 9), 3, 1, 1), ((9, 33), 3, 2, 0)):
             packed = base.pack(weight(70, 6 * kernel * kernel, dtype), "csr")
@@ -198,7 +176,7 @@ def test_nan_stays_nan_where_it_is_read_and_nowhere_else(isa, clamp):  # noqa: F
 
 
 @needs_native
-def test_infinite_numbers_are_clamped(isa):  # noqa: F811
+def test_infinite_numbers_are_clamped(isa):
     for dtype in DTYPES:
         for size in ((8, 8), (3, 3)):
             x = torch.tensor([math.inf, -math.inf]).to(dtype).view(2, 1, 1, 1).expand(2, 1, *size)
@@ -210,7 +188,7 @@ def test_infinite_numbers_are_clamped(isa):  # noqa: F811
 
 
 @needs_native
-def test_threads_change_no_bit(isa):  # noqa: F811
+def test_threads_change_no_bit(isa):
     for dtype in DTYPES:
         for outputs, images, size in ((130, 1, (33, 33)), (70, 3, (9, 40)), (65, 1, (3, 3)), (1, 5, (20, 70))):
             packed = base.pack(weight(outputs, 40 * 9, dtype), "csr")
@@ -301,3 +279,40 @@ def test_damaged_row_starts_are_refused():
         damaged = base.Packed("csr", packed.shape, packed.dtype, {**packed.tensors, "row_starts": starts})
         with pytest.raises(PumiceError, match=r"damaged|row"):
             taps(damaged)
+
+
+@pytest.mark.parametrize("name", ["torch", "onednn"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_ways_compute_the_same(name, dtype):
+    backend = dispatch.get("conv2d", "dense", name)
+    call = dispatch.Call("conv2d", "dense", dtype, "cpu", 1, (10, 18))
+    if reason := backend.refuse(call):
+        pytest.skip(reason)
+    packed = base.pack(weight(10, 18, dtype), "dense")
+    bias = torch.randn(10).to(dtype)
+    run = backend.prepare(packed, bias)
+    for settings in (((1, 1), (1, 1), (1, 1)), ((2, 1), (0, 2), (1, 2)), ((1, 1), "same", (1, 1))):
+        for clamp in (PLAIN, RELU, RELU6, (-1.0, 2.0)):
+            how = Convolution.of((3, 3), *settings, clamp=clamp)
+            for images, size in ((1, (9, 7)), (3, (12, 33))):
+                x = torch.randn(images, 2, *size).to(dtype)
+                for added in (False, True):
+                    add = torch.randn(images, 10, *how.output(*size)).to(dtype) if added else None
+                    expected = exact(x, packed, bias, how, add)
+                    y = run(x, how) if add is None else run(x, how, add)
+                    assert y.dtype is dtype
+                    torch.testing.assert_close(
+                        y.double(), expected, rtol=2**-6, atol=1e-4 if dtype is torch.float32 else 0.06
+                    )
+
+
+@pytest.mark.parametrize("name", ["torch", "onednn"])
+def test_dense_ways_take_groups_and_padding_on_one_side(name):
+    backend = dispatch.get("conv2d", "dense", name)
+    if reason := backend.refuse(dispatch.Call("conv2d", "dense", torch.float32, "cpu", 1, (8, 8))):
+        pytest.skip(reason)
+    w_OI, x = torch.randn(8, 2 * 4), torch.randn(2, 4, 6, 5)
+    how = Convolution.of((2, 2), (1, 1), "same", (1, 1), 2)
+    y = backend.prepare(base.pack(w_OI, "dense"), None)(x, how)
+    expected = F.conv2d(x, w_OI.unflatten(1, (2, 2, 2)), None, padding="same", groups=2)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)

@@ -19,10 +19,9 @@ from pumice.weights.grid import Grid
 from pumice.weights.layouts import base
 from pumice.weights.modules import SparseLinear, replace_module
 from tests import tiny
-from tests.conftest import shared
+from tests.conftest import ISAS, shared
 
 pytestmark = pytest.mark.skipif(cpu_backend.native is None, reason=str(cpu_backend.missing()))
-ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 # Heads that share keys unevenly with vectors, and widths that no vector divides.
 ODD = {"hidden_size": 72, "intermediate_size": 104, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 12}

@@ -15,13 +15,10 @@ import torch.nn.functional as F
 
 from pumice.core import dispatch
 from pumice.core.errors import PumiceError
+from pumice.kernels import cpu_backend, features, ops, reference
 from pumice.weights.layouts import base
-from tests.conftest import ROOT
+from tests.conftest import ISAS, ROOT
 
-dispatch.discover()
-from pumice.kernels import cpu_backend, features, ops, reference  # noqa: E402
-
-ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
 LAYOUTS = {"bitmask": {}, "nm": {"n": 2, "m": 4}, "block": {"r": 4, "c": 8}, "csr": {}}
 WITH_DENSE = {"dense": {}, **LAYOUTS}
 ROWS = (*range(18), 33, 130)
@@ -62,28 +59,7 @@ SHAPES = {
 needs_native = pytest.mark.skipif(cpu_backend.native is None, reason=str(cpu_backend.missing()))
 
 
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Memory that torch.empty gives out is filled with NaN; threads and kernels are put back afterwards."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(4).isnan().all()
-    torch.manual_seed(0)
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
-    if cpu_backend.native is not None:
-        cpu_backend.force(None)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    reason = cpu_backend.instruction_sets().get(request.param, cpu_backend.missing())
-    if reason is not None:
-        pytest.skip(reason)
-    cpu_backend.force(request.param)
-    return request.param
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def mask_of(layout: str, o: int, i: int, params: dict[str, int], density: float = 0.5) -> torch.Tensor:

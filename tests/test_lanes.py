@@ -10,16 +10,15 @@ import torch.nn.functional as F
 import pumice
 from pumice.core import dispatch
 from pumice.core.errors import PumiceError
+from pumice.kernels import cpu_backend, lanes_cpu
 from pumice.weights.grid import Coding
 from pumice.weights.layouts import base
 from pumice.weights.layouts.lanes import Lanes, Places, chunk_height, places
 from pumice.weights.modules import SparseLinear, replace_module
 from tests.test_coded_kernels import check
-from tests.test_kernels import needs_native, poisoned  # noqa: F401
+from tests.test_kernels import needs_native
 
-dispatch.discover()
-from pumice.kernels import cpu_backend, lanes_cpu  # noqa: E402
-
+pytestmark = pytest.mark.usefixtures("poisoned")
 SHAPES = ((0, 32), (16, 0), (1, 16), (3, 48), (33, 160), (130, 128), (7, 1056), (300, 4096), (1100, 640))
 needs_lanes = pytest.mark.skipif(
     cpu_backend.native is None or not cpu_backend.native.has_lanes(), reason="no products of bytes in fours here"

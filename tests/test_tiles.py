@@ -8,16 +8,14 @@ import torch
 import torch.nn.functional as F
 
 import pumice
-from pumice.core import dispatch
 from pumice.core.errors import PumiceError
 from pumice.engine import layer_timing
+from pumice.kernels import cpu_backend, csr_cpu, ops, reference
 from pumice.weights.layouts import base
 from pumice.weights.modules import SparseLinear
-from tests.test_kernels import NATIVE, check, needs_native, poisoned, sweep  # noqa: F401
+from tests.test_kernels import NATIVE, check, needs_native, sweep
 
-dispatch.discover()
-from pumice.kernels import cpu_backend, csr_cpu, ops, reference  # noqa: E402
-
+pytestmark = pytest.mark.usefixtures("poisoned")
 SHAPES = ((1, 1), (3, 7), (33, 300), (130, 256), (40, 513), (300, 1024), (0, 32), (16, 0))
 
 
