@@ -17,7 +17,8 @@ from pumice.core.errors import PumiceError
 from pumice.core.progress import bar
 from pumice.core.view import WeightView, module_views
 from pumice.engine import verdicts
-from pumice.engine.convolve import Packing, Site, look, pack_others, pack_site, unfuse_convolutions
+from pumice.engine.conv_sites import Site, look
+from pumice.engine.convolve import Packing, pack_others, pack_site, unfuse_convolutions
 from pumice.engine.fuse import fuse, unfuse
 from pumice.engine.layer_timing import Timing, Verdict, measure
 from pumice.engine.pages import gather_weights

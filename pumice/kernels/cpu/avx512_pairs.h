@@ -29,22 +29,19 @@ inline void straighten(PairSums s, float* to) {
   _mm512_storeu_ps(to + 16, _mm512_permutex2var_ps(s.low, second, s.high));
 }
 
-// Columns [first, last) at the positions [q, q + n), 32 N of which have room.
+inline __mmask32 first32(int64_t n) { return n >= 32 ? ~(__mmask32)0 : n > 0 ? ((__mmask32)1 << n) - 1 : 0; }
+
+// As fill_panel of conv_kernel.h, 32 N positions of which have room.
 template <int N>
 inline void fill_pair_panel(const Convolved& job, const BF16* image, int64_t first, int64_t last, int64_t q, int64_t n,
                             BF16* panel) {
-  int64_t channel = first / job.taps, tap = first % job.taps;
-  for (int64_t k = first; k < last; ++k, panel += kPairPositions) {
-    const BF16* from = image + channel * job.channel + job.shifts[tap] + q;
+  each_column(job, image, first, last, q, [&](const BF16* from) {
     fetch_far(from + kPairPositions, kPairPositions);
     PUMICE_UNROLL
-    for (int r = 0; r < N; ++r) {
-      const int64_t left = n - 32 * r;
-      const __mmask32 there = left >= 32 ? ~(__mmask32)0 : left > 0 ? ((__mmask32)1 << left) - 1 : 0;
-      _mm512_storeu_si512(panel + 32 * r, _mm512_maskz_loadu_epi16(there, from + 32 * r));
-    }
-    if (++tap == job.taps) tap = 0, ++channel;
-  }
+    for (int r = 0; r < N; ++r)
+      _mm512_storeu_si512(panel + 32 * r, _mm512_maskz_loadu_epi16(first32(n - 32 * r), from + 32 * r));
+    panel += kPairPositions;
+  });
 }
 
 // As walk_part of conv_kernel.h.
@@ -132,23 +129,16 @@ inline void pair_block(const Convolved& job, int64_t image, int64_t q, int64_t n
     }
     if (job.width == columns) {
       PUMICE_UNROLL
-      for (int r = 0; r < N; ++r) {
-        const int64_t left = n - 32 * r;
-        const __mmask32 there = left >= 32 ? ~(__mmask32)0 : left > 0 ? ((__mmask32)1 << left) - 1 : 0;
-        _mm512_mask_storeu_epi16(y + q + 32 * r, there, interleaved(each[r], least, most));
-      }
+      for (int r = 0; r < N; ++r)
+        _mm512_mask_storeu_epi16(y + q + 32 * r, first32(n - 32 * r), interleaved(each[r], least, most));
       continue;
     }
     alignas(64) BF16 done[32 * N];
     PUMICE_UNROLL
     for (int r = 0; r < N; ++r) _mm512_store_si512(done + 32 * r, interleaved(each[r], least, most));
-    for (int64_t k = 0; k < n;) {
-      const int64_t row = (q + k) / job.width, column = (q + k) % job.width;
-      const int64_t run = job.width - column < n - k ? job.width - column : n - k;
-      const int64_t there = columns - column < run ? columns - column : run;
-      if (there > 0) memcpy(y + row * columns + column, done + k, (size_t)there * sizeof(BF16));
-      k += run;
-    }
+    each_run(job, q, n, [&](int64_t k, int64_t at, int64_t there) {
+      memcpy(y + at, done + k, (size_t)there * sizeof(BF16));
+    });
   }
 }
 

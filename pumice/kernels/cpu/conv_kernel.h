@@ -15,22 +15,39 @@ inline float clamped(float v, float least, float most) {
   return v > most ? most : v;
 }
 
-// Sums of one output to y, which begins at `y`; positions [q, q + n).
-template <class T>
-inline void put_positions(const Convolved& job, const float* sums, int64_t q, int64_t n, T* y, const T* add) {
+// Of the positions [q, q + n) those that are outputs, in runs: `put(k, at, there)` for `there` of them from the k-th on, which are
+// the outputs from `at` on. What stands between the last column of a row and the next row's first is left out.
+template <class Put>
+inline void each_run(const Convolved& job, int64_t q, int64_t n, const Put& put) {
   const int64_t columns = job.conv->out[1];
-  const float least = job.conv->least, most = job.conv->most;
   for (int64_t k = 0; k < n;) {
     const int64_t row = (q + k) / job.width, column = (q + k) % job.width;
     const int64_t run = job.width - column < n - k ? job.width - column : n - k;
     const int64_t there = columns - column < run ? columns - column : run;
-    T* to = y + row * columns + column;
-    if (add)
-      for (int64_t i = 0; i < there; ++i)
-        narrow(clamped(sums[k + i] + widen(add[row * columns + column + i]), least, most), to + i);
-    else
-      for (int64_t i = 0; i < there; ++i) narrow(clamped(sums[k + i], least, most), to + i);
+    if (there > 0) put(k, row * columns + column, there);
     k += run;
+  }
+}
+
+// Sums of one output, in the order of positions, to y, which begins at `y`.
+template <class T>
+inline void put_positions(const Convolved& job, const float* sums, int64_t q, int64_t n, T* y, const T* add) {
+  const float least = job.conv->least, most = job.conv->most;
+  each_run(job, q, n, [=](int64_t k, int64_t at, int64_t there) {
+    if (add)
+      for (int64_t i = 0; i < there; ++i) narrow(clamped(sums[k + i] + widen(add[at + i]), least, most), y + at + i);
+    else
+      for (int64_t i = 0; i < there; ++i) narrow(clamped(sums[k + i], least, most), y + at + i);
+  });
+}
+
+// Where each of the columns [first, last) of the matrix finds what it reads at position q of an image: `fill(from)`, in order.
+template <class T, class Fill>
+inline void each_column(const Convolved& job, const T* image, int64_t first, int64_t last, int64_t q, const Fill& fill) {
+  int64_t channel = first / job.taps, tap = first % job.taps;
+  for (int64_t k = first; k < last; ++k) {
+    fill(image + channel * job.channel + job.shifts[tap] + q);
+    if (++tap == job.taps) tap = 0, ++channel;
   }
 }
 
@@ -38,9 +55,7 @@ inline void put_positions(const Convolved& job, const float* sums, int64_t q, in
 template <class Isa, int N>
 inline void fill_panel(const Convolved& job, const float* image, int64_t first, int64_t last, int64_t q, int64_t n,
                        float* panel) {
-  int64_t channel = first / job.taps, tap = first % job.taps;
-  for (int64_t k = first; k < last; ++k, panel += kPositions) {
-    const float* from = image + channel * job.channel + job.shifts[tap] + q;
+  each_column(job, image, first, last, q, [&](const float* from) {
     // What the next block reads: a line of each row is too few for the processor to foresee them.
     fetch_far(from + kPositions, kPositions);
     if (n == 16 * N) {
@@ -50,8 +65,8 @@ inline void fill_panel(const Convolved& job, const float* image, int64_t first, 
       memcpy(panel, from, (size_t)n * sizeof(float));
       memset(panel + n, 0, (size_t)(16 * N - n) * sizeof(float));
     }
-    if (++tap == job.taps) tap = 0, ++channel;
-  }
+    panel += kPositions;
+  });
 }
 
 // Outputs [begin, end) walk along their nonzeros of one part, `sums` being those of the first. In the last part the lines of
