@@ -1,10 +1,10 @@
 """Prune a model that does not fit the memory it is given: from disk to disk, one block at a time.
 
 A Llama of 1.3 billion random weights (2.5 GB in bf16, a file per block, never in memory as a whole) is pruned in a
-process whose private memory the kernel limits to a share of that (RLIMIT_DATA; what is reserved counts, used or not: 0.4 GB before
-anything is loaded). The same process without streaming, which
-loads the model first, must fail under this limit; both outcomes are recorded, with the peak of the resident memory
-(VmHWM: pages of the checkpoint's files count as long as they are mapped) and of its private part (RssAnon, sampled).
+process whose private memory the kernel limits to a share of that (RLIMIT_DATA; what is reserved counts, used or not). The same
+process without streaming, which loads the model first, must fail under this limit; both outcomes are recorded, with the peak of
+the resident memory (VmHWM: pages of the checkpoint's files count as long as they are mapped) and of its private part (RssAnon,
+sampled).
 
     python benchmarks/larger_than_memory.py --folder /some/disk     # needs 5 GB there, removed afterwards
 """
@@ -99,7 +99,8 @@ def child(folder: Path, out: Path, method: str, limit: int, streamed: bool) -> N
         found = {"outcome": "pruned", "layers": len(result.layers), "density": result.density, "notes": result.notes}
     except Exception as error:
         # Which class a failed allocation raises depends on who asked for the memory.
-        found = {"outcome": "failed", "error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+        said = str(error).splitlines()[0].replace(str(folder), "MODEL")
+        found = {"outcome": "failed", "error": f"{type(error).__name__}: {said[:200]}"}
     peak.going = False
     found |= {"seconds": round(time.perf_counter() - start, 1), "peak_private_bytes": peak.anon}
     print(json.dumps({**found, "peak_resident_bytes": status("VmHWM")}))

@@ -57,24 +57,26 @@ def rotation(packed: Packed, backend: dispatch.Backend, x: Tensor, cold: int) ->
     return common.rotated([backend.prepare(one, None) for one in copies], x)
 
 
+def ways(packed: Packed, rows: int, cold: int, case: str) -> dict[tuple[str, str], Callable[[], Tensor]]:
+    """Every backend that runs the layer, each with copies of its own, by (case, backend)."""
+    x = torch.randn(rows, packed.shape[1]).to(packed.dtype)
+    call = Call("linear", packed.layout, packed.dtype, "cpu", rows, packed.shape, packed.params)
+    wanted = [b for b, reason in dispatch.candidates(call) if reason is None and b.name not in SKIPPED]
+    return {(case, backend.name): rotation(packed, backend, x, cold) for backend in wanted}
+
+
 Times = dict[str, float]
 
 
 def measure(rows: int, layers: dict[str, Packed], rounds: int, cold: int) -> dict[str, tuple[Times, Times]]:
     """Median milliseconds by backend of every case, and of dense in the same turns."""
 
-    def ways(name: str) -> dict[tuple[str, str], Callable[[], Tensor]]:
-        packed = layers[name]
-        x = torch.randn(rows, packed.shape[1]).to(packed.dtype)
-        call = Call("linear", packed.layout, packed.dtype, "cpu", rows, packed.shape, packed.params)
-        wanted = [b for b, reason in dispatch.candidates(call) if reason is None and b.name not in SKIPPED]
-        return {(name, backend.name): rotation(packed, backend, x, cold) for backend in wanted}
-
     def medians(samples: dict[tuple[str, str], list[float]], wanted: str) -> Times:
         return {b: round(statistics.median(values), 4) for (name, b), values in samples.items() if name == wanted}
 
     names = [name for name in layers if name != "dense"]
-    turns = common.in_turns(ways("dense"), [lambda name=name: ways(name) for name in names] or [dict], rounds)
+    cases = [lambda name=name: ways(layers[name], rows, cold, name) for name in names]
+    turns = common.in_turns(ways(layers["dense"], rows, cold, "dense"), cases or [dict], rounds)
     pooled = {key: [ms for samples in turns for ms in samples[key]] for key in turns[0] if key[0] == "dense"}
     dense = medians(pooled, "dense")
     found = {

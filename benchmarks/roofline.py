@@ -3,9 +3,8 @@
 A layout of n nonzeros times R rows does 2 n R operations and moves its stored bytes, x and y. Its roof is the lower of two, both
 measured in turns with it, since the host gives more at one time than at another: those bytes at the rate at which this many
 threads read 256 MiB (PyTorch's sum, or the dense kernel of Pumice), and operations at the rate of a dense product of
-1024 x 1024 x 1024 in bf16. What zeros save is in
-the operations that are not counted: a sparse layer at 90 % that reaches half of its roof may still be far faster than dense.
-Each point is the fastest backend; medians.
+1024 x 1024 x 1024 in bf16. What zeros save is in the operations that are not counted: a sparse layer at 90 % that reaches half of
+its roof may still be far faster than dense. Each point is the fastest backend; medians.
 
     python benchmarks/roofline.py             # writes benchmarks/results/roofline.json and roofline.png
     python benchmarks/roofline.py --quick     # a look, nothing is written
@@ -56,19 +55,14 @@ def ceilings() -> dict[tuple[str, str], Callable[[], Any]]:
     return found
 
 
-def ways(packed: Packed, rows: int, cold: int) -> dict[tuple[str, str], Callable[[], Any]]:
-    x = torch.randn(rows, packed.shape[1]).to(packed.dtype)
-    call = Call("linear", packed.layout, packed.dtype, "cpu", rows, packed.shape, packed.params)
-    wanted = [b for b, reason in dispatch.candidates(call) if reason is None and b.name not in matvec.SKIPPED]
-    return {(packed.layout, backend.name): matvec.rotation(packed, backend, x, cold) for backend in wanted}
-
-
 def points(rows: int, layers: dict[str, Packed], rounds: int, cold: int) -> list[dict[str, Any]]:
     """What each layer does, moves and takes, and its share of its roof in the same turns."""
     found = []
     control = ceilings()
     for name, packed in layers.items():
-        samples = common.in_turns(control, [lambda packed=packed: ways(packed, rows, cold)], rounds)[0]
+        samples = common.in_turns(
+            control, [lambda name=name, packed=packed: matvec.ways(packed, rows, cold, name)], rounds
+        )[0]
         ms = {key: statistics.median(values) for key, values in samples.items()}
         rate = READ / min(ms[key] for key in control if key[0] == "read") * 1e3
         product = 2 * GEMM**3 / ms["flops", "dense"] * 1e3

@@ -46,14 +46,14 @@ def test_quiet_turns_count_and_without_enough_the_least_disturbed(module):
 
 
 def test_copies_fill_the_memory_and_are_two_at_least(module):
-    copies = module("peer_workers").copies
+    copies = module("peer_common").copies
     assert copies(10, 95) == 10
     assert copies(100, 95) == 2
 
 
 def test_calls_take_turns(module):
     seen = []
-    run = module("peer_workers").timed([lambda: seen.append("a"), lambda: seen.append("b")])
+    run = module("peer_common").timed([lambda: seen.append("a"), lambda: seen.append("b")])
     assert seen == ["a", "b"]  # each once beforehand
     seen.clear()
     assert run(3) >= 0
@@ -81,7 +81,8 @@ def test_a_worker_answers_each_line_once():
 
 def test_every_row_names_a_kind_of_worker_and_a_known_peer(module):
     peers, workers = module("peers"), module("peer_workers")
-    for row in [*peers.MLP.values(), *peers.INT4.values(), *peers.DECODE.values()]:
+    tables = (peers.MLP, peers.INT4, peers.DECODE, peers.DECODE_LARGE, peers.RESNET)
+    for row in [row for table in tables for row in table.values()]:
         assert row["make"] in workers.KINDS
         assert row["peer"] in (None, *peers.PEERS)
     asked = {row["row"] for row in peers.DECODE.values() if row["make"] == "decode_pumice"}
