@@ -60,11 +60,10 @@ def ways(shape: Shape, density: float, dtype: torch.dtype) -> dict[tuple[str, st
     weight = torch.randn(outputs, channels * kernel**2) * (torch.rand(outputs, channels * kernel**2) < density)
     weight, x = weight.to(dtype), torch.randn(1, channels, size, size).to(dtype)
     how = Convolution.of((kernel, kernel), (stride, stride), (kernel // 2, kernel // 2), (1, 1), clamp=RELU)
-    params = {"groups": 1, "kernel_h": kernel, "kernel_w": kernel}
     found = {}
     for layout in ("dense", "csr"):
         copies = [pack(weight.clone(), layout) for _ in range(COPIES)]
-        call = dispatch.Call("conv2d", layout, dtype, "cpu", 1, copies[0].shape, params)
+        call = dispatch.Call("conv2d", layout, dtype, "cpu", 1, copies[0].shape, how.params)
         for backend, reason in dispatch.candidates(call):
             if reason is None:
                 bound = [backend.prepare(one, torch.zeros(outputs)) for one in copies]

@@ -191,29 +191,6 @@ def larger(results: Results) -> str:
     )
 
 
-def roofline(results: Results) -> str:
-    """What share of its roof each layout reaches, by threads and rows."""
-    runs = results["runs"]
-    columns = {
-        f"{run['threads']} thread{'s' if run['threads'] > 1 else ''}, {rows} row{'s' if rows > 1 else ''}": {
-            point["case"]: point for point in run["points"] if point["rows"] == rows
-        }
-        for run in runs
-        for rows in sorted({point["rows"] for point in run["points"]})
-    }
-    cases = list(dict.fromkeys(case for found in columns.values() for case in found))
-    body = [
-        [case, *(f"{found[case]['of_roof']:.0%}" if case in found else "" for found in columns.values())]
-        for case in cases
-    ]
-    said = "; ".join(
-        f"{run['threads']} thread{'s' if run['threads'] > 1 else ''}: {run['ceilings']['bytes'] / 1e9:.0f} GB/s and "
-        f"{run['ceilings']['flops'] / 1e9:.0f} GFLOP/s"
-        for run in runs
-    )
-    return f"{table(['share of its roof', *columns], body)}\n\nCeilings, medians of the turns: {said}. ({machine(results['machine'])}.)"
-
-
 def experts(results: Results) -> str:
     """One MoE layer: ours beside Transformers' implementations and a dense MLP of the same active FLOPs, in ms."""
     rows = []

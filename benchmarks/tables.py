@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import earned
 import sections
+import sections_kernels
 from shown import ENCODER, NAMES, TITLES, machine, number, table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -265,7 +266,10 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         for part in ("mlp", "resnet", "int4", "decode", "decode-1.2b")
     },
     "docs/repair.md": {"repairs": measured("repair_quality.json", repairs)},
-    "docs/roofline.md": {"roofline": measured("roofline.json", sections.roofline)},
+    "docs/roofline.md": {
+        "roofline": measured("roofline.json", sections_kernels.roofline),
+        "convolutions": measured("convolution.json", sections_kernels.convolutions),
+    },
     "docs/shrink.md": {
         "shrink": measured("shrink_quality.json", shrunk),
         "scratch": measured("scratch.json", sections.scratch),

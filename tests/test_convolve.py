@@ -573,6 +573,17 @@ def test_a_packed_network_compiles(way):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("example", [lambda x: {"input": x}, lambda x: (x,)], ids=["mapping", "tuple"])
+def test_an_example_comes_as_the_model_takes_it(way, example):
+    x = torch.randn(2, 3, 9, 8)
+    net = lively(nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU()))
+    packed = pumice.pack(copy.deepcopy(net), example=example(x), values="bfloat16", progress=False)
+    y, wanted = packed(x.bfloat16()).float(), net(x)
+    torch.testing.assert_close(y, wanted, rtol=5e-2, atol=5e-2 * float(wanted.abs().max()))
+    assert isinstance(packed[1].__dict__["forward"], convolve.Passed)
+
+
+@torch.no_grad()
 def test_resnet_of_hugging_face(way):
     transformers = pytest.importorskip("transformers")
     config = transformers.ResNetConfig(

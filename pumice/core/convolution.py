@@ -45,6 +45,11 @@ class Convolution:
         both = (0, 0) if isinstance(padding, str) else (padding[0], padding[1])
         return cls(kernel_size, stride, both, both, dilation, groups, clamp)
 
+    @property
+    def params(self) -> dict[str, int]:
+        """What decides which backends can run it, as a `Call` takes it."""
+        return {"groups": self.groups, "kernel_h": self.kernel_size[0], "kernel_w": self.kernel_size[1]}
+
     def output(self, height: int, width: int) -> Pair:
         """Rows and columns of the result; none where the kernel does not fit."""
         found = []

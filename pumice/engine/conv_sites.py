@@ -158,9 +158,10 @@ def look(model: nn.Module, example: Any) -> Found:
         del result
     except Exception as error:
         # What is raised depends on where the model first notices.
+        first_line = str(error).partition("\n")[0]
         raise PumiceError(
-            f"example={_text(example)} cannot be run through {type(model).__name__} "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}): give an input as the model takes it, images [N, C, H, W] for instance."
+            f"example={_text(example)} cannot be run through {type(model).__name__} ({type(error).__name__}: "
+            f"{first_line}): give an input as the model takes it, images [N, C, H, W] for instance."
         ) from error
     finally:
         for handle in handles:

@@ -172,9 +172,8 @@ def how(site: Site) -> Convolution:
 
 
 def call_of(site: Site, packed: Packed) -> dispatch.Call:
-    m = cast(Any, site.module)
-    params = {"groups": m.groups, "kernel_h": m.kernel_size[0], "kernel_w": m.kernel_size[1]}
-    return dispatch.Call("conv2d", packed.layout, packed.dtype, str(packed.device), 1, packed.shape, params)
+    """The question which backends can run it."""
+    return dispatch.Call("conv2d", packed.layout, packed.dtype, str(packed.device), 1, packed.shape, how(site).params)
 
 
 def bind(site: Site, packed: Packed, backend: str) -> Callable[[Tensor], Tensor]:

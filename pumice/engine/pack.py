@@ -214,8 +214,12 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 
 def _as_model(model: nn.Module, example: Any) -> Any:
-    """An example's floating-point tensor in the model's type, which `values` may have changed."""
-    return example.to(_dtype(model)) if isinstance(example, torch.Tensor) and example.is_floating_point() else example
+    """An example with its floating-point tensors in the model's type, which `values` may have changed."""
+    if isinstance(example, torch.Tensor):
+        return example.to(_dtype(model)) if example.is_floating_point() else example
+    if isinstance(example, Mapping):
+        return {key: _as_model(model, value) for key, value in example.items()}
+    return [_as_model(model, value) for value in example] if isinstance(example, list | tuple) else example
 
 
 def _convolution_choice(site: Site, packing: Packing) -> LayerChoice:

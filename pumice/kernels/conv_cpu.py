@@ -26,8 +26,8 @@ from pumice.weights.layouts.base import Packed, repack, validate
 
 LAYOUTS = ("csr", "bitmask", "nm", "block")
 PART = 128
-"""Columns of a part: with 64 places of each in fp32 they fill 32 KiB, a first cache; twice as many are hardly slower, since they come from the second one in time."""
-POSITIONS, OUTPUTS, MOST_TAPS = 64, 64, 1024
+"""Columns of a part: with 64 places of each in fp32 they fill 32 KiB, the size of many a first cache."""
+COLUMN, OUTPUTS, MOST_TAPS = 64, 64, 1024
 """As in `kernels/cpu/conv.h`."""
 MOST_REMEMBERED = 256
 """Sizes of x whose numbers a bound layer keeps."""
@@ -71,7 +71,7 @@ def _taps(packed: Packed) -> Taps:
     if outputs:
         starts[:, 1:] = ends_PO
         starts[1:, 0] = ends_PO[:-1, -1]
-    offsets = (columns % PART * POSITIONS)[walk].to(torch.uint16)
+    offsets = (columns % PART * COLUMN)[walk].to(torch.uint16)
     return Taps(values[walk], offsets, starts, order_PO.to(torch.int32))
 
 

@@ -110,8 +110,6 @@ class SparseConv2d(SparseModule):
         self.in_channels = packed.shape[1] // (kernel_size[0] * kernel_size[1]) * groups
         self.kernel_size, self.stride, self.padding, self.dilation = kernel_size, stride, padding, dilation
         self.groups, self.padding_mode = groups, padding_mode
-        both = {"groups": groups, "zeros": int(padding_mode == "zeros")}
-        self._params = {**both, **{f"kernel_{a}": size for a, size in zip("hw", kernel_size, strict=True)}}
         # nn.Conv2d's own convolution reads this where the padding is not with zeros.
         self._reversed_padding_repeated_twice = self._empty_twin()._reversed_padding_repeated_twice
 
@@ -159,8 +157,8 @@ class SparseConv2d(SparseModule):
         return plain and self.padding in ((0, 0), "valid", "same")
 
     def _backend(self) -> dispatch.Backend | None:
-        packed = self.packed
-        call = dispatch.Call("conv2d", self.layout, packed.dtype, str(packed.device), 1, packed.shape, self._params)
+        packed, params = self.packed, {**self.how.params, "zeros": int(self.padding_mode == "zeros")}
+        call = dispatch.Call("conv2d", self.layout, packed.dtype, str(packed.device), 1, packed.shape, params)
         return next((backend for backend, reason in dispatch.candidates(call) if reason is None), None)
 
     def convolution(self) -> Callable[..., Tensor] | None:

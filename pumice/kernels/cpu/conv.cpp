@@ -9,7 +9,6 @@ namespace pumice {
 namespace {
 
 const int64_t kWorkPerThread = 256 * 1024;  // products below which another thread costs more than it gives
-const int64_t kMostTaps = 1024;
 
 inline void copy(float from, float* to) { *to = from; }
 inline void copy(BF16 from, float* to) { *to = widen(from); }
@@ -119,7 +118,6 @@ bool run_conv(const Taps& w, const ConvKernels& kernels, const Conv& conv, const
   Job job = {};
   const int64_t taps = conv.kernel[0] * conv.kernel[1];
   if (conv.N == 0 || w.O == 0 || conv.out[0] == 0 || conv.out[1] == 0) return true;
-  if (taps > kMostTaps) return false;
   int64_t shifts[kMostTaps], phase_of[kMostTaps];
   // A phase has as many rows and columns as the last tap of all phases reads.
   int64_t reach[2];

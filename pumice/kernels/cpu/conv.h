@@ -14,6 +14,7 @@ namespace pumice {
 constexpr int64_t kColumn = 64;      // what an offset counts for a column
 constexpr int64_t kOutputs = 64;     // outputs that lie in the order of their lengths, and are shared out together
 constexpr int64_t kMostColumns = 1023;  // of a part: offsets are 16 bits
+constexpr int64_t kMostTaps = 1024;  // of a kernel
 
 // A matrix w_OI whose columns are channel, row and column of the kernel.
 struct Taps {

@@ -411,7 +411,8 @@ PyObject* run_conv_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   const int32_t bits[2] = {(int32_t)v[17], (int32_t)v[18]};
   memcpy(&c.least, bits, 4), memcpy(&c.most, bits + 1, 4);
-  bool fits = c.N >= 0 && c.C >= 0 && c.H >= 0 && c.W >= 0 && c.C * c.kernel[0] * c.kernel[1] == w->I;
+  bool fits = c.N >= 0 && c.C >= 0 && c.H >= 0 && c.W >= 0 && c.C * c.kernel[0] * c.kernel[1] == w->I &&
+              c.kernel[0] * c.kernel[1] <= kMostTaps;
   for (int a = 0; a < 2; ++a)
     fits = fits && c.kernel[a] > 0 && c.stride[a] > 0 && c.before[a] >= 0 && c.dilation[a] > 0 && c.out[a] >= 0;
   if (!fits) {
