@@ -15,6 +15,7 @@ from pumice.engine.fuse import fuse, is_fused, unfuse
 from pumice.engine.generate import generate
 from pumice.engine.pack import pack, unpack
 from pumice.kernels import cpu_backend
+from pumice.kernels.decoder import IN_TILES, MATRICES
 from pumice.weights.grid import Grid
 from pumice.weights.layouts import base
 from pumice.weights.modules import SparseLinear, replace_module
@@ -163,10 +164,7 @@ WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "h
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "layout",
-    ["dense", "bitmask", "nm", "block", "csr", "csr-tiles", "int8", "int8-bitmask", "int8-nm", "int4", "int4-bitmask"],
-)
+@pytest.mark.parametrize("layout", [*MATRICES, *IN_TILES])
 def test_any_layout_that_has_a_kernel_for_few_rows(layout, dtype):
     model = in_layout(family("Qwen2", **WIDE).to(dtype), layout)
     assert {m.layout for m in model.modules() if isinstance(m, SparseLinear)} == {layout}

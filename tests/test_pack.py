@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import pumice
+from pumice.core import dispatch
 from pumice.core.errors import PumiceError
 from pumice.engine import layer_timing
 from pumice.weights.modules import SparseLinear
@@ -173,6 +174,43 @@ def test_values_changes_the_type_and_refuses_others():
     assert packed(torch.randn(1, 96, dtype=torch.bfloat16)).dtype == torch.bfloat16
     with pytest.raises(PumiceError, match="values"):
         pumice.pack(model(), values="int5")
+
+
+def fastest_backend(fast: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(runs):
+        for timing, run in runs:
+            run()
+            timing.ms = 1.0 if timing.backend == fast else 2.0 if timing.layout == "dense" else 3.0
+
+    monkeypatch.setattr(layer_timing, "time_in_turns", timed)
+
+
+def test_activations_are_rounded_only_if_asked(monkeypatch):
+    call = dispatch.Call("linear", "int8", torch.bfloat16, "cpu", 64, (192, 96), {}, "int8")
+    if {backend.name: reason for backend, reason in dispatch.candidates(call)}.get("bytes", "not built") is not None:
+        pytest.skip("this CPU does not multiply bytes")
+    fastest_backend("bytes", monkeypatch)
+    x = torch.randn(64, 96).bfloat16()
+    exact = pumice.pack(model(1.0), batch=64, values="bfloat16", progress=False)(x)
+    net = pumice.pack(model(1.0).bfloat16(), batch=64, values="int8", progress=False)
+    assert all(layer.layout == "dense" for layer in pumice.describe(net).layers)
+    net = pumice.pack(model(1.0).bfloat16(), batch=64, values="int8", activations="int8", progress=False)
+    layers = pumice.describe(net).layers
+    assert [(layer.layout, layer.backends) for layer in layers] == [("int8", {64: "bytes"})] * 2
+    assert all(module.activations == "int8" for module in net if isinstance(module, SparseLinear))
+    assert 0 < (net(x) - exact).norm() / exact.norm() < 0.03
+    # Integers again, and those of the layers that were packed before.
+    assert torch.equal(pumice.pack(net, batch=64, activations="int8", progress=False)(x), net(x))
+    again = pumice.pack(net, batch=64, progress=False)
+    assert not any(getattr(module, "activations", None) for module in again)
+
+
+@pytest.mark.parametrize("values", [None, "int4", "bfloat16"])
+def test_activations_without_weights_of_eight_bits_are_refused(values):
+    with pytest.raises(PumiceError, match="give values='int8' as well"):
+        pumice.pack(model(), values=values, activations="int8")
+    with pytest.raises(PumiceError, match="activations='int4' must be 'int8' or None"):
+        pumice.pack(model(), values="int8", activations="int4")
 
 
 def test_zeros_elsewhere_are_measured_for_themselves(monkeypatch):

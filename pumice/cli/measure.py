@@ -185,6 +185,9 @@ def pack(
     values: Annotated[
         str | None, typer.Option(help="Change the type first (bfloat16, float16, float32), or round: int8, int4.")
     ] = None,
+    activations: Annotated[
+        str | None, typer.Option(help="int8: what goes into layers of int8 may be rounded to eight bits a row.")
+    ] = None,
     every: Annotated[bool, typer.Option("--all", help="One line per layer instead of one per kind of layer.")] = False,
     remeasure: Annotated[bool, typer.Option("--remeasure", help="Time again what was timed here before.")] = False,
     device: Device = "cpu",
@@ -196,7 +199,8 @@ def pack(
 
     _set_threads(threads)
     loaded = _load(model, device, dtype)
-    packed = run_pack(loaded.model, batch=numbers(batch, "batch"), values=values, remeasure=remeasure)
+    rows = numbers(batch, "batch")
+    packed = run_pack(loaded.model, batch=rows, values=values, activations=activations, remeasure=remeasure)
     found = describe(packed).to_dict()
     return Output({"model": model, **found}, lambda console: _show_pack(console, found, every))
 

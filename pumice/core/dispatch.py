@@ -41,6 +41,8 @@ class Call:
     rows: int
     shape: tuple[int, int]
     params: Mapping[str, int] = field(default_factory=dict)
+    activations: str | None = None
+    """What x may be rounded to: "int8" where the caller allows it, None where it may not be rounded."""
 
 
 Run = Callable[..., Tensor]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pumice.core.errors import PumiceError
 from pumice.core.view import WeightView
-from pumice.engine.pack import COLD_BYTES, verdict_of
+from pumice.engine.pack import COLD_BYTES, Asked, verdict_of
 from pumice.prune.allocate.base import Cost
 from pumice.weights.layouts.base import pack as pack_as
 from pumice.weights.modules import SparseLinear, sparse_twin
@@ -48,4 +48,4 @@ def _time(key: tuple[int, int, torch.dtype], density: float, budget: int) -> flo
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(o, i, generator=generator)
     w *= torch.rand(o, i, generator=generator) < density
-    return verdict_of(pack_as(w.to(dtype), "dense"), (1,), budget).ms(1)
+    return verdict_of(pack_as(w.to(dtype), "dense"), Asked((1,), budget)).ms(1)

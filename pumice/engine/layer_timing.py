@@ -69,6 +69,10 @@ def _ways(call: Call) -> list[tuple[dispatch.Backend, str | None]]:
     return [(backend, reason) for backend, reason in found if backend.name != "unpack"]
 
 
+def _call(packed: Packed, rows: int, activations: str | None) -> Call:
+    return Call("linear", packed.layout, packed.dtype, "cpu", rows, packed.shape, packed.params, activations)
+
+
 def _layouts(packed: Packed) -> list[Packed]:
     """The matrix dense, as it is stored, and in every layout that fits its zeros (and its grid) and is smaller than dense."""
     w, grid = unpack_matrix(packed), grid_of(packed)
@@ -82,8 +86,8 @@ def _layouts(packed: Packed) -> list[Packed]:
     return found + own
 
 
-def measure(packed: Packed, batch: Sequence[int], budget: int) -> Verdict:
-    """Time every layout and backend, dense in turns with them, and judge."""
+def measure(packed: Packed, batch: Sequence[int], budget: int, activations: str | None = None) -> Verdict:
+    """Time every layout and backend, dense in turns with them, and judge. `activations`: what x may be rounded to."""
     points = sorted({*batch, MANY_ROWS})
     timings: list[Timing] = []
     candidates = _layouts(packed)
@@ -91,8 +95,7 @@ def measure(packed: Packed, batch: Sequence[int], budget: int) -> Verdict:
         runs: list[tuple[Timing, Callable[[], None]]] = []
         x = torch.randn(rows, packed.shape[1]).to(packed.dtype)
         for candidate in candidates:
-            call = Call("linear", candidate.layout, candidate.dtype, "cpu", rows, candidate.shape, candidate.params)
-            for backend, reason in _ways(call):
+            for backend, reason in _ways(_call(candidate, rows, activations)):
                 timing = Timing(candidate.layout, backend.name, rows, None, reason, dict(candidate.params))
                 timings.append(timing)
                 if reason is None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -92,6 +92,7 @@ def pack(
     *,
     batch: int | Sequence[int] = (1,),
     values: str | Mapping[str, Any] | None = None,
+    activations: str | None = None,
     example: Any = None,
     remeasure: bool = False,
     progress: bool = True,
@@ -112,11 +113,14 @@ def pack(
         values: "bfloat16", "float16" or "float32" to change the model's type first; "int8", "int4" (`pumice methods
             values`) to round every layer to integers, which are kept where they run fastest, whatever that costs in
             quality; None keeps the numbers as they are: layers that were quantised before still run as integers.
+        activations: "int8" lets layers of int8 round what goes into them to eight bits, a unit for each row found at
+            every call, where that is faster (many rows, on CPUs that multiply bytes); None keeps them as they are.
         example: an input of the model, such as images [N, C, H, W], N as many as it will be given at once.
         remeasure: time everything again, whatever was measured before.
 
     Raises:
-        PumiceError: a batch size below 1, an unknown type of values, or an example that the model does not take.
+        PumiceError: a batch size below 1, an unknown type of values or activations, activations to be rounded with weights
+            that are not, or an example that the model does not take.
     """
     rows = sorted({batch} if isinstance(batch, int) else set(batch))
     if not rows or any(not isinstance(size, int) or size < 1 for size in rows):
@@ -126,6 +130,7 @@ def pack(
         model = model.to(getattr(torch, values))
     elif values is not None:
         coding = _coding(values)
+    _check_activations(activations, coding, values, model)
     found = None if example is None else look(unfuse_convolutions(model), _as_model(model, example))
     sites = [] if found is None else found.sites
     jobs = list(_packable(model))
@@ -135,9 +140,9 @@ def pack(
     with bar(len(jobs) + len(sites), "pack", enabled=progress, unit="layer") as shown, torch.no_grad():
         for name, module, packed in jobs:
             wanted = _as_integers(name, module, packed, coding)
-            choice, new = _fastest(
-                name, module, packed, wanted, measured.setdefault(_signature(wanted), []), rows, budget, remeasure
-            )
+            known = measured.setdefault(_signature(wanted), [])
+            asked = Asked(rows, budget, remeasure, activations)
+            choice, new = _fastest(name, module, packed, wanted, known, asked)
             choices.append(choice)
             if new is not module:
                 model = replace_module(model, name, new)
@@ -183,6 +188,26 @@ def _packable(model: nn.Module) -> Iterator[tuple[str, nn.Module, Packed]]:
             w = view.matrix()
             if w.dtype in (torch.bfloat16, torch.float16, torch.float32) and not w.is_meta:
                 yield name, module, pack_as(w.contiguous(), "dense")
+
+
+def _check_activations(activations: str | None, coding: Coding | None, values: Any, model: nn.Module) -> None:
+    if activations not in (None, "int8"):
+        raise PumiceError(f"activations={activations!r} must be 'int8' or None (to keep them as they are).")
+    if activations is None or (coding is not None and coding.bits == 8):
+        return
+    if coding is None and any(_is_int8(name, module) for name, module in model.named_modules()):
+        return
+    raise PumiceError(
+        f"activations='int8' is for layers whose weights are int8, and with values={values!r} this model has none: "
+        "give values='int8' as well."
+    )
+
+
+def _is_int8(name: str, module: nn.Module) -> bool:
+    if isinstance(module, SparseModule):
+        return module.layout.split("-")[0] == "int8"
+    grid = kept(module_views(name, module))
+    return grid is not None and grid.bits == 8
 
 
 def _coding(values: str | Mapping[str, Any]) -> Coding | None:
@@ -293,50 +318,53 @@ def _signature(packed: Packed) -> Any:
     return packed.shape, packed.dtype, packed.layout, kind, round(_density(packed) * 40)
 
 
-def verdict_of(packed: Packed, rows: Sequence[int], budget: int, remeasure: bool = False, attempt: int = 0) -> Verdict:
+class Asked(NamedTuple):
+    """What a layer is timed for."""
+
+    rows: Sequence[int]
+    budget: int
+    """Bytes that copies of the layer are rotated through, so that its weights come from memory."""
+    remeasure: bool = False
+    activations: str | None = None
+
+
+def verdict_of(packed: Packed, asked: Asked, attempt: int = 0) -> Verdict:
     """How one layer runs fastest here, measured, or recalled from an earlier measurement in the same circumstances.
 
-    `budget`: bytes that copies of the layer are rotated through, so that its weights come from memory. `attempt` counts
-    the verdicts on such layers that this one could not follow.
+    `attempt` counts the verdicts on such layers that this one could not follow.
     """
-    key = (*_signature(packed), tuple(rows), budget, *([attempt] if attempt else []))
-    found = None if remeasure else verdicts.recall(key)
+    more = [asked.activations] if asked.activations else []
+    key = (*_signature(packed), tuple(asked.rows), asked.budget, *more, *([attempt] if attempt else []))
+    found = None if asked.remeasure else verdicts.recall(key)
     if found is None:
-        found = measure(packed, rows, budget)
+        found = measure(packed, asked.rows, asked.budget, asked.activations)
         verdicts.remember(key, found)
     return found
 
 
 def _fastest(
-    name: str,
-    module: nn.Module,
-    packed: Packed,
-    wanted: Packed,
-    known: list[Verdict],
-    rows: Sequence[int],
-    budget: int,
-    remeasure: bool,
+    name: str, module: nn.Module, packed: Packed, wanted: Packed, known: list[Verdict], asked: Asked
 ) -> tuple[LayerChoice, nn.Module]:
     """The layer by a verdict for layers like it; by a new one, added to `known`, where those are for zeros elsewhere."""
 
     def followed(verdict: Verdict) -> tuple[LayerChoice, nn.Module]:
         # Rounded numbers are only for where integers run.
-        return _apply(name, module, packed if verdict.layout == "dense" else wanted, verdict, rows)
+        return _apply(name, module, packed if verdict.layout == "dense" else wanted, verdict, asked)
 
     for verdict in known:
         with suppress(LayoutRefused):
             return followed(verdict)
-    known.append(verdict_of(wanted, rows, budget, remeasure, len(known)))
+    known.append(verdict_of(wanted, asked, len(known)))
     try:
         return followed(known[-1])
     except LayoutRefused:
         # What was kept on disk came from another model.
-        known[-1] = verdict_of(wanted, rows, budget, True, len(known) - 1)
+        known[-1] = verdict_of(wanted, asked._replace(remeasure=True), len(known) - 1)
         return followed(known[-1])
 
 
 def _apply(
-    name: str, module: nn.Module, packed: Packed, verdict: Verdict, batch: Sequence[int]
+    name: str, module: nn.Module, packed: Packed, verdict: Verdict, asked: Asked
 ) -> tuple[LayerChoice, nn.Module]:
     """The layer as the verdict wants it, and the record of it."""
     plain = verdict.layout == "dense" and set(verdict.backends.values()) == {"torch"}
@@ -349,7 +377,7 @@ def _apply(
             new = module if target is packed else SparseLinear(target, module.bias, transposed=module.transposed)
         else:
             new = SparseLinear.from_module(module, target)
-        new.set_backends(_plan(target, verdict.backends))
+        new.set_backends(_plan(target, verdict.backends, asked.activations), activations=asked.activations)
         # What backends share with each other is given by one function, so that it counts once.
         extras = {dispatch.get("linear", target.layout, name).extra for name in verdict.backends.values()}
         stored = new.packed.nbytes + sum(extra(new.packed) for extra in extras)
@@ -359,9 +387,9 @@ def _apply(
         _density(packed),
         verdict.layout,
         verdict.params,
-        {rows: verdict.backends[rows] for rows in batch},
-        {rows: verdict.ms(rows) for rows in batch},
-        {rows: verdict.best_dense[rows].ms or 0.0 for rows in batch},
+        {rows: verdict.backends[rows] for rows in asked.rows},
+        {rows: verdict.ms(rows) for rows in asked.rows},
+        {rows: verdict.best_dense[rows].ms or 0.0 for rows in asked.rows},
         stored,
         packed.dense_nbytes,
         verdict.reason,
@@ -370,7 +398,7 @@ def _apply(
     return choice, new
 
 
-def _plan(packed: Packed, backends: dict[int, str]) -> list[tuple[int | None, str]]:
+def _plan(packed: Packed, backends: dict[int, str], activations: str | None) -> list[tuple[int | None, str]]:
     """Backends for all row counts: between two measured ones the border is their geometric mean, or where one refuses."""
     plan: list[tuple[int | None, str]] = []
     points = sorted(backends)
@@ -381,9 +409,8 @@ def _plan(packed: Packed, backends: dict[int, str]) -> list[tuple[int | None, st
         elif backends[after] != name:
             backend = dispatch.get("linear", packed.layout, name)
             limit = math.isqrt(here * after)
-            while limit > here and backend.refuse(
-                Call("linear", packed.layout, packed.dtype, "cpu", limit, packed.shape, packed.params)
-            ):
+            kind = (packed.shape, packed.params, activations)
+            while limit > here and backend.refuse(Call("linear", packed.layout, packed.dtype, "cpu", limit, *kind)):
                 limit -= 1
             plan.append((limit, name))
     return plan

@@ -4,6 +4,8 @@ Few rows ("decode") are bound by memory: the stored weights stream once through 
 and multiplied. Many rows ("panel") are bound by arithmetic: some output rows at a time are expanded into a buffer that
 stays in cache and multiplied by PyTorch's dense product (load as sparse, compute as dense). Where whole blocks are missing
 there is less arithmetic too ("blocks"): x is transposed, and stored blocks alone are multiplied, at a dense product's rate.
+Integers of eight bits meet x as bytes on CPUs that multiply those: as two of them a number ("pairs"), at the rate of bf16, and
+where x may be rounded to one ("bytes") at twice that; its error then is at most a part in 254 of its row's largest magnitude.
 Legend: R rows of x, O outputs, I inputs.
 """
 
@@ -33,15 +35,20 @@ else:
     _why = None
 native: Any = _loaded
 
-CODED = ("int8", "int8-bitmask", "int4", "int4-bitmask")
+CODED = ("int8", "int8-bitmask", "int8-block", "int4", "int4-bitmask")
 # Layouts that run as another one, whose positions are made from theirs when a layer is bound.
 RUN_AS = {"nm": "bitmask", "int8-nm": "int8-bitmask"}
 # Blocks have a kernel of their own for more rows, which is faster from about here on.
-DECODE_ROWS = {"dense": 4, "block": 8, **dict.fromkeys(("bitmask", *CODED, *RUN_AS), 16)}
+DECODE_ROWS = {"dense": 4, **dict.fromkeys(("bitmask", *CODED, *RUN_AS), 16), "block": 8}
+INT8 = ("int8", "int8-bitmask", "int8-nm", "int8-block")
+PAIRS_FROM = 5
+"""Rows from which integers of eight bits run faster as pairs of bytes of x with many rows at once."""
 DECODE_GROUPS = (16, 32)
 PANEL_BYTES = 4 << 20
 CODES = {torch.bfloat16: 0, torch.float32: 1, torch.float16: 2}
 PRODUCTS = (torch.bfloat16, torch.float32)
+MOST_BYTE_COLUMNS = 65536
+"""Columns whose products of bytes fit a sum of 32 bits."""
 STARTS = "derived_row_starts"
 """Name under which a bitmask matrix may carry its row starts, where they are known already (never stored)."""
 
@@ -130,6 +137,25 @@ def nm_bitmask(codes: Tensor, width: int, n: int, m: int) -> Tensor:
     return derived((codes,), make)
 
 
+def row_sums(packed: Packed) -> Tensor:
+    """The sum of each row's integers, int32 [O], of a layout of int8, kept while the integers live."""
+    values, outputs = packed.tensors["values"], packed.shape[0]
+
+    def make() -> Tensor:
+        if packed.layout == "int8-block":
+            starts, of_numbers = packed.tensors["row_starts"].long(), values.sum(-1, dtype=torch.int32)
+        elif packed.layout == "int8-bitmask":
+            starts, of_numbers = row_starts(packed.tensors["bitmask"], packed.shape[1]), values
+        else:
+            return values.view(outputs, -1).sum(1, dtype=torch.int32)
+        if starts[-1] != len(values):
+            raise ValueError(f"{len(values)} values are stored for {int(starts[-1])} places")
+        before = of_numbers.new_zeros(1, *of_numbers.shape[1:], dtype=torch.int64)
+        return torch.cat([before, of_numbers.cumsum(0)])[starts].diff(dim=0).flatten().int()
+
+    return derived((values,), make)
+
+
 def _as_bitmask(packed: Packed) -> Packed:
     """An N:M matrix as the bitmask kernels take it, its numbers shared."""
     (outputs, width), n, m = packed.shape, packed.params["n"], packed.params["m"]
@@ -143,21 +169,25 @@ def _as_bitmask(packed: Packed) -> Packed:
 
 
 class Plan:
-    """A stored matrix as the kernels take it: addresses checked once, and the tensors that they point into."""
+    """A stored matrix as the kernels take it: addresses checked once, and the tensors that they point into.
 
-    def __init__(self, packed: Packed, bias: Tensor | None) -> None:
+    `sums`: with those of the rows of integers, which products of bytes need.
+    """
+
+    def __init__(self, packed: Packed, bias: Tensor | None, sums: bool = False) -> None:
         if native is None:
             raise PumiceError(f"layout={packed.layout!r} has no C++ kernel here: {missing()}.")
         self.shape, self.dtype = packed.shape, packed.dtype
         bias_O = None if bias is None else bias.detach().to(torch.float32).contiguous()
         common = (0 if bias_O is None else bias_O.data_ptr(), *packed.shape)
         try:
+            sums_O = row_sums(packed) if sums or packed.layout == "int8-block" else None
             if packed.layout in RUN_AS:
                 packed = _as_bitmask(packed)
             stored = {name: tensor.detach().contiguous() for name, tensor in packed.tensors.items()}
             self.keep: list[Tensor | None] = [*stored.values(), bias_O]
             if packed.layout in CODED:
-                self.handle = self._coded(packed, stored, common)
+                self.handle = self._coded(packed, stored, common, sums_O)
                 return
             if packed.layout == "dense":
                 self.handle = native.plan_dense(stored["weight"].data_ptr(), *common, CODES[packed.dtype])
@@ -184,7 +214,9 @@ class Plan:
         except ValueError as error:
             raise PumiceError(f"layout={packed.layout!r} of shape {packed.shape} is damaged: {error}.") from None
 
-    def _coded(self, packed: Packed, stored: dict[str, Tensor], common: tuple[int, int, int]) -> Any:
+    def _coded(
+        self, packed: Packed, stored: dict[str, Tensor], common: tuple[int, int, int], sums_O: Tensor | None
+    ) -> Any:
         """The handle of integers with scales."""
         group = packed.params.get("group", 0)
         numbers = next(stored[name] for name in ("codes", "values") if name in stored)
@@ -194,11 +226,17 @@ class Plan:
             starts = stored.get(STARTS)
             starts = row_starts(mask, packed.shape[1] // (group or 1)) if starts is None else starts
         count = numbers.shape[0] if group else numbers.numel()
-        self.keep += [scales, starts]
+        self.keep += [scales, starts, sums_O]
         if scales.numel() != (count if group else packed.shape[0]):
             raise ValueError(f"{scales.numel()} scales are stored")
+        sums = 0 if sums_O is None else sums_O.data_ptr()
+        if packed.layout == "int8-block":
+            blocks = (numbers, stored["columns"], stored["row_starts"], scales)
+            where, size = [tensor.data_ptr() for tensor in blocks], (packed.params["r"], packed.params["c"])
+            where.insert(1, numbers.shape[0])
+            return native.plan_byte_block(*where, sums, *common, *size, CODES[packed.dtype])
         where = [0 if tensor is None else tensor.data_ptr() for tensor in (mask, starts, scales, zeros)]
-        return native.plan_coded(numbers.data_ptr(), count, *where, *common, group, CODES[packed.dtype])
+        return native.plan_coded(numbers.data_ptr(), count, *where, *common, group, CODES[packed.dtype], sums)
 
 
 class Planned(Protocol):
@@ -215,8 +253,8 @@ def _misfit(x_RI: Tensor, plan: Planned) -> PumiceError:
     )
 
 
-def streamed(plan: Planned, product: Callable[..., None]) -> Run:
-    """`run(x_RI) -> y_RO` by the kernel `product(handle, x, rows, y, threads)`, with contiguous x and y."""
+def streamed(plan: Planned, product: Callable[..., None], *more: int) -> Run:
+    """`run(x_RI) -> y_RO` by the kernel `product(handle, x, rows, y, *more, threads)`, with contiguous x and y."""
     handle, dtype = plan.handle, plan.dtype
     (outputs, inputs), keep = plan.shape, plan
     empty: Callable[..., Tensor] = torch.empty
@@ -229,7 +267,7 @@ def streamed(plan: Planned, product: Callable[..., None]) -> Run:
         if not x_RI.is_contiguous():
             x_RI = x_RI.contiguous()
         y_RO = empty((rows, outputs), dtype=dtype)
-        product(handle, x_RI.data_ptr(), rows, y_RO.data_ptr(), threads())
+        product(handle, x_RI.data_ptr(), rows, y_RO.data_ptr(), *more, threads())
         return y_RO
 
     return run
@@ -279,6 +317,8 @@ def _refuse_decode(call: Call) -> str | None:
     instead = {"dense": "torch", "block": "blocks"}.get(call.layout, "panel")
     # Blocks of one row share nothing of x, so transposing it pays later.
     most = DECODE_ROWS[call.layout] * (2 if call.params.get("r") == 1 and call.layout == "block" else 1)
+    if call.layout in INT8 and _refuse_pairs(call) is None:
+        most, instead = PAIRS_FROM - 1, "pairs"
     reason = limits(call, devices=("cpu",), dtypes=PRODUCTS, max_rows=most, instead=instead)
     group = call.params.get("group", DECODE_GROUPS[0])
     if reason is None and group not in DECODE_GROUPS:
@@ -288,6 +328,26 @@ def _refuse_decode(call: Call) -> str | None:
 
 def _refuse_blocks(call: Call) -> str | None:
     return limits(call, devices=("cpu",), dtypes=PRODUCTS) or missing()
+
+
+def lacks_bytes(call: Call) -> str | None:
+    """Why the kernels in use do not multiply the integers of this call as bytes, or None."""
+    reason = missing()
+    if reason is None and not native.has_bytes():
+        return f"the kernels in use ({native.current()}) have no products of bytes in fours (AVX-512 VNNI)"
+    if reason is None and not 0 < call.shape[1] <= MOST_BYTE_COLUMNS:
+        return f"its sums have room for 1 to {MOST_BYTE_COLUMNS} columns, not {call.shape[1]}"
+    return reason
+
+
+def _refuse_bytes(call: Call) -> str | None:
+    if call.activations != "int8":
+        return "it rounds x to eight bits a row: only where that is asked for (pack(activations='int8'))"
+    return limits(call, devices=("cpu",), dtypes=PRODUCTS) or lacks_bytes(call)
+
+
+def _refuse_pairs(call: Call) -> str | None:
+    return limits(call, devices=("cpu",), dtypes=(torch.bfloat16,)) or lacks_bytes(call)
 
 
 def _refuse_panel(call: Call) -> str | None:
@@ -303,13 +363,27 @@ def _prepare_blocks(packed: Packed, bias: Tensor | None) -> Run:
     return streamed(Plan(packed, bias), native.run_blocks)
 
 
+def _prepare_bytes(packed: Packed, bias: Tensor | None) -> Run:
+    return streamed(Plan(packed, bias, sums=True), native.run_bytes, 1)
+
+
+def _prepare_pairs(packed: Packed, bias: Tensor | None) -> Run:
+    return streamed(Plan(packed, bias, sums=True), native.run_bytes, 2)
+
+
 def _prepare_panel(packed: Packed, bias: Tensor | None) -> Run:
     return panel(Plan(packed, None), bias, packed.params.get("r", 1))
 
 
 def _extra(packed: Packed) -> int:
-    """A mask and the rows' starts, where they are made from other positions."""
+    """A mask and the rows' starts, where they are made from other positions; the rows' sums of blocks of integers."""
+    if packed.layout == "int8-block":
+        return packed.shape[0] * 4
     return packed.shape[0] * (-(-packed.shape[1] // 8) + 8) if packed.layout in RUN_AS else 0
+
+
+def _extra_bytes(packed: Packed) -> int:
+    return _extra(packed) + (0 if packed.layout == "int8-block" else packed.shape[0] * 4)
 
 
 FEW, MANY = "C++: weights streamed once, few rows", "C++ expands some rows, then dense product"
@@ -320,3 +394,8 @@ for _layout in DECODE_ROWS:
     register(Backend("panel", "linear", _layout, _refuse_panel, _prepare_panel, 20, MANY, _extra))
 _BLOCKS = "C++: x transposed, only stored blocks multiplied, many rows"
 register(Backend("blocks", "linear", "block", _refuse_blocks, _prepare_blocks, 25, _BLOCKS))
+_PAIRS = "C++: integers times x in two bytes a number, many rows"
+_BYTES = "C++: integers times x rounded to eight bits a row, many rows"
+for _layout in INT8:
+    register(Backend("bytes", "linear", _layout, _refuse_bytes, _prepare_bytes, 28, _BYTES, _extra_bytes))
+    register(Backend("pairs", "linear", _layout, _refuse_pairs, _prepare_pairs, 25, _PAIRS, _extra_bytes))

@@ -50,7 +50,8 @@ class SparseModule(nn.Module):
     `values` (of the dense layout `weight`) is a Parameter that asks for no gradient until the user turns it on, the
     other tensors are buffers, so that `state_dict` has `<name>.values`, `<name>.bitmask`, and so on. `weight` gives
     the dense weight in the shape of the replaced module: computed at each access, to be read only. `plan` is the
-    choice made by measuring, `None` where dispatch decides by priority.
+    choice made by measuring, `None` where dispatch decides by priority; `activations` is "int8" where inputs may be
+    rounded to eight bits a row, at inference.
     """
 
     kind: ClassVar[str] = "linear"
@@ -65,6 +66,7 @@ class SparseModule(nn.Module):
         self.shape_OI = packed.shape
         self.params = dict(packed.params)
         self.plan: tuple[tuple[int | None, str], ...] | None = None
+        self.activations: str | None = None
         self._bound: _Bound | None = None
         # What comes from a file arrives later, in the empty tensors.
         self._checked = not packed.tensors[packed.value_name].is_meta
@@ -106,16 +108,20 @@ class SparseModule(nn.Module):
         """An ordinary module with the same weights, zeros written out."""
         raise NotImplementedError
 
-    def set_backends(self, plan: Sequence[tuple[int | None, str]] | None) -> None:
+    def set_backends(self, plan: Sequence[tuple[int | None, str]] | None, *, activations: str | None = None) -> None:
         """Fix which backend runs how many rows: `[(16, "decode"), (None, "panel")]`; None leaves it to dispatch.
 
         Args:
             plan: pairs of the largest row count (None = any) and a backend's name, in ascending order; the last one
                 also takes everything above.
+            activations: "int8" lets a backend round inputs to eight bits, with a unit for each row; None does not.
 
         Raises:
-            PumiceError: an empty plan, limits that do not ascend, or a backend that does not exist.
+            PumiceError: an empty plan, limits that do not ascend, a backend that does not exist, or activations of
+                another kind.
         """
+        if activations not in (None, "int8"):
+            raise PumiceError(f"activations={activations!r} must be 'int8' or None.")
         if plan is not None:
             limits = [float("inf") if limit is None else limit for limit, _ in plan]
             if not plan or any(a >= b for a, b in itertools.pairwise(limits)):
@@ -125,7 +131,7 @@ class SparseModule(nn.Module):
             for _, name in plan:
                 dispatch.get("linear", self.layout, name)
         self.plan = None if plan is None else tuple((limit, name) for limit, name in plan)
-        self._bound = None
+        self.activations, self._bound = activations, None
 
     def _matmul(self, x: Tensor) -> Tensor:
         """x [..., I] to [..., O]; the caller's hot path."""
@@ -194,7 +200,8 @@ class SparseModule(nn.Module):
         assert bound is not None
         if rows == 0:
             return lambda x_RI: x_RI.new_empty(0, self.shape_OI[0])
-        call = dispatch.Call("linear", self.layout, bound.dtype, str(packed.device), rows, self.shape_OI, self.params)
+        where = (str(packed.device), rows, self.shape_OI, self.params, self.activations)
+        call = dispatch.Call("linear", self.layout, bound.dtype, *where)
         backend = dispatch.choose(call) if self.plan is None else self._planned(rows, call)
         if backend.name not in bound.by_backend:
             bias = None if bound.bias is None else bound.bias.detach()

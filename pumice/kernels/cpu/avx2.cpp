@@ -221,7 +221,10 @@ const Kernels table = {"avx2",
                        expand_rows<Avx2, uint32_t>,
                        {coded_product<Coded, BF16>, coded_product<Coded, float>},
                        {coded_expand<BF16>, coded_expand<float>},
-                       {block_panels<Blocks256<BF16>>(), block_panels<Blocks256<float>>()}};
+                       {block_panels<Blocks256<BF16>>(), block_panels<Blocks256<float>>()},
+                       {coded_blocks_product<BF16>, coded_blocks_product<float>},
+                       nullptr,
+                       nullptr};
 
 const StagePiece stages[] = {stage_columns<Floats256<BF16>>, stage_columns<Floats256<float>>};
 

@@ -9,6 +9,7 @@ namespace {
 template <class Value>
 struct Blocks256 {
   typedef Value T;
+  typedef Value Y;
   typedef __m256 Reg;
   static constexpr int64_t kLanes = 8, kTall = 16, kWidth = 32;
   static constexpr int64_t kMost = 4;
@@ -50,9 +51,9 @@ struct Blocks256 {
     }
   }
 
-  static void store(const float* sums, int64_t width, int64_t outputs, int64_t rows, const float* bias, T* y,
-                    int64_t stride) {
-    store_sums(sums, width, outputs, rows, bias, y, stride);
+  static void store(const Matrix& w, int64_t o, int64_t outputs, const float* sums, const Panel& x, int64_t, int64_t rows,
+                    T* y) {
+    store_sums(w, o, outputs, sums, x, rows, y);
   }
   static void fill(const Matrix& w, int64_t begin, int64_t end, const T* x, int64_t rows, int64_t width, uint32_t* words) {
     fill_plainly<Blocks256>(w, begin, end, x, rows, width, words);

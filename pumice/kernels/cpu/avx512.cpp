@@ -53,7 +53,10 @@ const Kernels table = {"avx512",
                        expand_rows<Avx512, uint32_t>,
                        {coded_product<CodedFp32, BF16>, coded_product<CodedFp32, float>},
                        {coded_expand<BF16>, coded_expand<float>},
-                       {block_panels<FloatBlocks512<BF16>>(), block_panels<FloatBlocks512<float>>()}};
+                       {block_panels<FloatBlocks512<BF16>>(), block_panels<FloatBlocks512<float>>()},
+                       {coded_blocks_product<BF16>, coded_blocks_product<float>},
+                       nullptr,
+                       nullptr};
 
 const StagePiece stages[] = {stage_columns<Floats512<BF16>>, stage_columns<Floats512<float>>};
 

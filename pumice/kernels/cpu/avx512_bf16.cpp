@@ -21,6 +21,7 @@
 #include "avx512_bytes.h"
 #include "avx512_tiles.h"
 #include "avx512_blocks.h"
+#include "avx512_byte_blocks.h"
 #include "avx512_lanes.h"
 #include "decoder_pieces.h"
 
@@ -380,7 +381,10 @@ const Kernels table = {"avx512_bf16",
                        expand_rows<Expansion, uint32_t>,
                        {coded_product<CodedBf16, BF16>, coded_product<CodedFp32, float>},
                        {coded_expand<BF16>, coded_expand<float>},
-                       {block_panels<PairBlocks512>(), block_panels<FloatBlocks512<float>>()}};
+                       {block_panels<PairBlocks512>(), block_panels<FloatBlocks512<float>>()},
+                       {coded_blocks_product<BF16>, coded_blocks_product<float>},
+                       split_blocks_product,
+                       byte_kernels};
 
 const StagePiece stages[] = {stage_columns<Pairs512>, stage_columns<Floats512<float>>};
 

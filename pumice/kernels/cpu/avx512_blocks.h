@@ -50,9 +50,34 @@ inline void narrow16(__m512 v, __mmask16 k, BF16* out) {
   _mm256_mask_storeu_epi16(out, k, _mm512_cvtepi32_epi16(rounded));
 }
 
+// Sums [outputs, width of the panel] to y [rows, O], sixteen rows of bytes (or of x) at a time: `finish(k, v, row)` makes
+// numbers of sums v[0 … 15] of the outputs from k on, as many as there are rows of x.
+template <class Y, class Finish>
+inline void store_by_turning(const Matrix& w, int64_t outputs, const float* sums, const Panel& x, int64_t rows, Y* y,
+                             const Finish& finish) {
+  static_assert(kStrip == 32, "two registers of outputs");
+  for (int64_t r = 0; r < rows; r += 16) {
+    alignas(64) float turned[2][16][16];
+    for (int64_t k = 0, half = 0; k < outputs; k += 16, ++half) {
+      __m512i v[16];
+      PUMICE_UNROLL
+      for (int i = 0; i < 16; ++i)
+        v[i] = k + i < outputs ? _mm512_loadu_si512(sums + (k + i) * x.width + r) : _mm512_setzero_si512();
+      turn(v);
+      finish(k, v, r, turned[half]);
+    }
+    // Row by row, since rows of y often lie a power of two apart and would drive each other out of the cache.
+    const int64_t count = (rows - r < 16 ? rows - r : 16) / x.each;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t k = 0; k < outputs; k += 16)
+        narrow16(_mm512_load_ps(turned[k / 16][i]), first16(outputs - k), y + (r / x.each + i) * w.O + k);
+  }
+}
+
 template <class Value>
 struct Blocks512 {
   typedef Value T;
+  typedef Value Y;
   typedef __m512 Reg;
   static constexpr int64_t kLanes = 16, kTall = 48, kWidth = 64;
   static constexpr int64_t kMost = 8;
@@ -62,27 +87,15 @@ struct Blocks512 {
   static void put(float* p, Reg r, bool add) { _mm512_storeu_ps(p, add ? _mm512_add_ps(_mm512_loadu_ps(p), r) : r); }
   static void fetch(const T* p, int64_t n) { pumice::fetch(p, n); }
 
-  static void store(const float* sums, int64_t width, int64_t outputs, int64_t rows, const float* bias, T* y,
-                    int64_t stride) {
-    static_assert(kStrip == 32, "two registers of outputs");
-    for (int64_t r = 0; r < rows; r += 16) {
-      alignas(64) float turned[2][16][16];
-      for (int64_t o = 0, half = 0; o < outputs; o += 16, ++half) {
-        const __m512 more = bias ? _mm512_maskz_loadu_ps(first16(outputs - o), bias + o) : _mm512_setzero_ps();
-        __m512i v[16];
-        PUMICE_UNROLL
-        for (int k = 0; k < 16; ++k)
-          v[k] = o + k < outputs ? _mm512_loadu_si512(sums + (o + k) * width + r) : _mm512_setzero_si512();
-        turn(v);
-        PUMICE_UNROLL
-        for (int k = 0; k < 16; ++k) _mm512_store_ps(turned[half][k], _mm512_add_ps(_mm512_castsi512_ps(v[k]), more));
-      }
-      // Row by row, since rows of y often lie a power of two apart and would drive each other out of the cache.
-      const int64_t count = rows - r < 16 ? rows - r : 16;
-      for (int64_t k = 0; k < count; ++k)
-        for (int64_t o = 0; o < outputs; o += 16)
-          narrow16(_mm512_load_ps(turned[o / 16][k]), first16(outputs - o), y + (r + k) * stride + o);
-    }
+  static void store(const Matrix& w, int64_t o, int64_t outputs, const float* sums, const Panel& x, int64_t, int64_t rows,
+                    T* y) {
+    const float* bias = w.bias ? w.bias + o : nullptr;
+    const auto finish = [bias, outputs](int64_t k, const __m512i* v, int64_t, float(*out)[16]) {
+      const __m512 more = bias ? _mm512_maskz_loadu_ps(first16(outputs - k), bias + k) : _mm512_setzero_ps();
+      PUMICE_UNROLL
+      for (int i = 0; i < 16; ++i) _mm512_store_ps(out[i], _mm512_add_ps(_mm512_castsi512_ps(v[i]), more));
+    };
+    store_by_turning(w, outputs, sums, x, rows, y, finish);
   }
 };
 

@@ -10,7 +10,8 @@ struct Unit {
 };
 
 // What one of `steps` steps from zero to the largest magnitude of a row stands for.
-inline Unit unit_of(const BF16* x, int64_t I, float steps) {
+template <class X>
+inline Unit unit_of(const X* x, int64_t I, float steps) {
   __m512 most = _mm512_setzero_ps(), seen = most;
   for (int64_t i = 0; i < I; i += 16) {
     const __m512 v = load16(first16(I - i), x + i);

@@ -30,6 +30,14 @@ inline int pair_at(const BF16* p) {
   return two;
 }
 
+// Four weights of eight bits, of which `left` are there if not all.
+template <bool kWhole>
+inline int four_at(const int8_t* p, int64_t left) {
+  int four = 0;
+  memcpy(&four, p, kWhole ? 4 : (size_t)left);
+  return four;
+}
+
 template <class Isa>
 inline int64_t steps_of_block(const Matrix& w) {
   return (w.c + Isa::kColumns - 1) / Isa::kColumns;
@@ -105,12 +113,14 @@ inline void walk_rows(const Matrix& w, Stretch part, int64_t rows, const uint32_
 
 template <class Isa>
 inline int64_t panel_steps(const Matrix& w) {
-  return w.I / w.c * steps_of_block<Isa>(w);
+  const int64_t c = w.columns ? w.c : w.I;
+  return w.I / c * ((c + Isa::kColumns - 1) / Isa::kColumns);
 }
 
 template <class Isa>
 void panel_product(const Matrix& w, int64_t begin, int64_t end, const Panel& x, void* y) {
   typedef typename Isa::T T;
+  typedef typename Isa::Y Y;
   alignas(64) float sums[kStrip * Isa::kWidth];
   const int64_t size = panel_steps<Isa>(w) * Isa::kWords * x.width;
   const int64_t of_block = steps_of_block<Isa>(w), stretch = of_block < kStretch ? kStretch / of_block : 1;
@@ -131,17 +141,17 @@ void panel_product(const Matrix& w, int64_t begin, int64_t end, const Panel& x, 
           part.begin = part.end, part.add = true;
         } while (part.begin < end_of_row);
       }
-      Isa::store(sums, x.width, stop - o, rows, w.bias ? w.bias + o : nullptr, (T*)y + row * w.O + o, w.O);
+      Isa::store(w, o, stop - o, sums, x, row, rows, (Y*)y + row / x.each * w.O + o);
     }
   }
 }
 
-// Sums [outputs, width] to y [rows, stride].
+// Sums [outputs, width of the panel] of the outputs from o on to y [rows, O], which begins at output o.
 template <class T>
-inline void store_sums(const float* sums, int64_t width, int64_t outputs, int64_t rows, const float* bias, T* y,
-                       int64_t stride) {
+inline void store_sums(const Matrix& w, int64_t o, int64_t outputs, const float* sums, const Panel& x, int64_t rows, T* y) {
+  const float* bias = w.bias ? w.bias + o : nullptr;
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t o = 0; o < outputs; ++o) narrow(sums[o * width + r] + (bias ? bias[o] : 0.0f), y + r * stride + o);
+    for (int64_t k = 0; k < outputs; ++k) narrow(sums[k * x.width + r] + (bias ? bias[k] : 0.0f), y + r * w.O + k);
 }
 
 // A step of one row of x: a column, a pair of columns in one word, or two widened columns `width` words apart. Where

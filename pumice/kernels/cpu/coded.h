@@ -33,9 +33,7 @@ inline void fill8(const Matrix& w, const uint8_t* mask, int64_t j, const int8_t*
     for (int64_t k = 0; k < count; ++k) out[k] = (float)*(*p)++;
     return;
   }
-  uint64_t word = mask_word(mask, j, w.I);
-  for (int k = 0; word; ++k, word >>= 1)
-    if (word & 1) out[k] = (float)*(*p)++;
+  for (uint64_t word = mask_word(mask, j, w.I); word; word &= word - 1) out[lowest_bit(word)] = (float)*(*p)++;
 }
 
 // Sixteen columns of a group of four bits as floats, from column `at` (a multiple of 8 in either half) on.
@@ -118,12 +116,59 @@ void coded_product(const Matrix& w, int64_t begin, int64_t end, const Input& x, 
     }
 }
 
+// Row i of the blocks of a block row of int8 times n <= N rows of x.
+template <class T, int N>
+inline void coded_blocks_up_to(int n, const Matrix& w, int64_t br, int64_t i, const Input& x, int64_t row, void* y) {
+  if constexpr (N > 0) {
+    if (n < N) return coded_blocks_up_to<T, N - 1>(n, w, br, i, x, row, y);
+    float acc[N][16] = {}, sums[N];
+    for (int64_t b = w.block_starts[br]; b < w.block_starts[br + 1]; ++b) {
+      const int8_t* v = (const int8_t*)w.values + (b * w.r + i) * w.c;
+      const float* xs = (const float*)x.data + row * x.stride + w.columns[b] * w.c;
+      int64_t k = 0;
+      for (; k + 16 <= w.c; k += 16)
+        for (int m = 0; m < N; ++m)
+          for (int l = 0; l < 16; ++l) acc[m][l] += (float)v[k + l] * xs[m * x.stride + k + l];
+      for (; k < w.c; ++k)
+        for (int m = 0; m < N; ++m) acc[m][k % 16] += (float)v[k] * xs[m * x.stride + k];
+    }
+    const int64_t o = br * w.r + i;
+    const float scale = widen(((const T*)w.scales)[o]);
+    for (int m = 0; m < N; ++m) {
+      sums[m] = 0;
+      for (int l = 0; l < 16; ++l) sums[m] += acc[m][l];
+      sums[m] *= scale;
+    }
+    store<T>(w, o, row, N, sums, y);
+  }
+}
+
+template <class T>
+void coded_blocks_product(const Matrix& w, int64_t begin, int64_t end, const Input& x, void* y, void*) {
+  const int64_t step = pass_rows(x.rows, kCodedRows);
+  for (int64_t br = begin; br < end; ++br)
+    for (int64_t i = 0; i < w.r; ++i)
+      for (int64_t row = 0; row < x.rows; row += step) {
+        const int n = (int)(x.rows - row < step ? x.rows - row : step);
+        coded_blocks_up_to<T, kCodedRows>(n, w, br, i, x, row, y);
+      }
+}
+
 // Rows [begin, end), dense, in the dtype of the scales: s k multiplied in fp32 and rounded once.
 template <class T>
 void coded_expand(const Matrix& w, int64_t begin, int64_t end, void* out, void*) {
   float v[64];
   for (int64_t o = begin; o < end; ++o) {
     T* row = (T*)out + (o - begin) * w.I;
+    if (w.columns) {
+      const float scale = widen(((const T*)w.scales)[o]);
+      memset(row, 0, sizeof(T) * (size_t)w.I);
+      for (int64_t b = w.block_starts[o / w.r]; b < w.block_starts[o / w.r + 1]; ++b) {
+        const int8_t* p = (const int8_t*)w.values + (b * w.r + o % w.r) * w.c;
+        for (int64_t k = 0; k < w.c; ++k) narrow((float)p[k] * scale + 0.0f, row + w.columns[b] * w.c + k);
+      }
+      continue;
+    }
     if (w.coding == kInt8) {
       const float scale = widen(((const T*)w.scales)[o]);
       const uint8_t* mask = w.mask ? w.mask + o * ((w.I + 7) / 8) : nullptr;

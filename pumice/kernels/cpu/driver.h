@@ -6,6 +6,10 @@
 
 #include "kernels.h"
 
+#if defined(_MSC_VER) && !defined(__clang__)
+#include <intrin.h>
+#endif
+
 namespace pumice {
 namespace {
 
@@ -13,6 +17,17 @@ constexpr int64_t kOverread = 64;   // bytes that a vector load may read beyond 
 constexpr int64_t kAhead = 2048;    // bytes of values that are fetched ahead of their use, at least
 
 constexpr int64_t kFarAhead = 4096;  // the same where every byte of a stored matrix is read in its order
+
+inline int lowest_bit(uint64_t word) {
+#if defined(_MSC_VER) && !defined(__clang__)
+  unsigned long index = 0;
+  if (_BitScanForward(&index, (unsigned long)word)) return (int)index;
+  _BitScanForward(&index, (unsigned long)(word >> 32));
+  return (int)index + 32;
+#else
+  return __builtin_ctzll(word);
+#endif
+}
 
 // Into the second cache: from memory more lines are under way to it at once than to the first, and what is read in order comes
 // on from there by itself.

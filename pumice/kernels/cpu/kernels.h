@@ -46,6 +46,7 @@ struct Matrix {
   const void* scales;         // of the matrix's dtype
   const uint8_t* zeros;       // zero points of the groups, four bits each, or null for 8
   int64_t group;
+  const int32_t* sums;        // [O] of each row's integers, where x is multiplied as bytes without a sign; else null
 };
 
 // x as a kernel reads it: R rows, `stride` elements apart, zero beyond I up to a multiple of 64. Where it is split into bytes,
@@ -69,6 +70,17 @@ struct Panel {
   uint32_t* words;            // [panels, steps, words of a step, width]
   int64_t width;              // a multiple of `lanes`, at most `width` of the kernels
   int64_t rows;               // that are there; the others of the last panel are zeros
+  const float* unit;          // of each row of x, where it is in bytes
+  int each;                   // rows of bytes to a row of x; else 1
+};
+
+// x in bytes, as blocks of int8 read it: `each` bytes a number (2: the largest magnitude of a row is 32639, its numbers are
+// 256 a + b; 1: it is 127), each byte from -127 to 127 in a row of its own, those of one row of x after each other.
+struct ByteRows {
+  int8_t* bytes;              // [rows * each, stride]
+  int64_t stride, rows;       // rows of x
+  int each;
+  float* unit;                // [rows] what one stands for; NaN where the row is not finite
 };
 
 struct BlockPanels {
@@ -82,6 +94,17 @@ struct BlockPanels {
   void (*product)(const Matrix&, int64_t begin, int64_t end, const Panel&, void* y);
 };
 
+// The same where x is multiplied in bytes: a panel then holds rows of bytes, and `fill` reads them from `ByteRows::bytes`. Columns
+// whose products fit a sum of 32 bits, 255 x 128 each:
+constexpr int64_t kMostByteColumns = 65536;
+struct BytePanels {
+  BlockPanels panels;
+  // Rows [begin, end) of integers at a bitmask, dense, to out [end - begin, I].
+  void (*expand)(const Matrix&, int64_t begin, int64_t end, int8_t* out, void* scratch);
+  // Rows [begin, end) of x [rows, I] to bytes.
+  void (*round)(const void* x, int64_t I, int64_t begin, int64_t end, const ByteRows&);
+};
+
 struct Kernels {
   const char* name;
   bool bf16_input;            // products of bf16 read x as bf16; else x was widened to fp32
@@ -92,6 +115,10 @@ struct Kernels {
   Product coded[2];           // by dtype of the scales
   Expand coded_expand[2];
   BlockPanels panels[2];      // by dtype
+  Product coded_blocks[2];    // by dtype of the scales, x in fp32
+  // The rest is null where the set has no products of bytes in fours.
+  Product split_blocks;       // bf16, x split into bytes
+  const BytePanels* bytes;    // by dtype
 };
 
 namespace {  // so that its functions too stay in their translation unit

@@ -10,6 +10,7 @@ const int64_t kWorkPerThread = 128 * 1024;  // bytes of stored weights below whi
 
 // Bytes of weights that rows 0 … o take to read: what the rows are shared out by.
 int64_t work_before(const Matrix& w, int64_t o) {
+  if (w.coding == kInt8 && w.columns) return w.block_starts[o] * w.r * w.c + o * 16;
   if (w.coding == kInt8) return (w.starts ? w.starts[o] : o * w.I) + o * 16;
   if (w.coding == kInt4)
     return (w.starts ? w.starts[o] : o * (w.I / w.group)) * (w.group / 2 + element_size(w.dtype)) + o * 16;
@@ -54,13 +55,23 @@ void expand_blocks(const Matrix& w, int64_t begin, int64_t end, char* out) {
   copy_blocks<0>(w, begin, end, out);
 }
 
+enum Form { kAsItIs, kWidened, kSplit };
+
+Form form_of(const Matrix& w, const Kernels& kernels) {
+  if (w.dtype == kF32) return kAsItIs;
+  if (w.coding == kInt8) return kernels.split && (!w.columns || w.I <= kMostByteColumns) ? kSplit : kWidened;
+  return kernels.bf16_input ? kAsItIs : kWidened;
+}
+
 void* spare_rows(const Matrix& w) { return scratch(0, (size_t)(kSpareRows * (w.I + 64) * element_size(w.dtype))); }
 
 bool run_rows(const Matrix& w, const Kernels& kernels, int64_t begin, int64_t end, const Input& x, void* y) {
   if (begin >= end) return true;
   void* spare = spare_rows(w);
   if (!spare) return false;
-  if (w.coding != kNumbers)
+  if (w.coding == kInt8 && w.columns)
+    (form_of(w, kernels) == kSplit ? kernels.split_blocks : kernels.coded_blocks[w.dtype])(w, begin, end, x, y, spare);
+  else if (w.coding != kNumbers)
     kernels.coded[w.dtype](w, begin, end, x, y, spare);
   else
     (w.columns ? kernels.block : w.mask ? kernels.bitmask : kernels.dense)[w.dtype](w, begin, end, x, y, spare);
@@ -130,14 +141,6 @@ void run_expansion(int64_t first, int64_t last, void* context) {
 int64_t piece_count(int64_t work, int64_t threads) {
   const int64_t pieces = work / kWorkPerThread < threads ? work / kWorkPerThread : threads;
   return pieces < 1 ? 1 : pieces;
-}
-
-enum Form { kAsItIs, kWidened, kSplit };
-
-Form form_of(const Matrix& w, const Kernels& kernels) {
-  if (w.dtype == kF32) return kAsItIs;
-  if (w.coding == kInt8) return kernels.split ? kSplit : kWidened;
-  return kernels.bf16_input ? kAsItIs : kWidened;
 }
 
 // x as the kernels read it: as it is where they can, else copied, widened to fp32 if they need that, zero-padded; or in bytes.

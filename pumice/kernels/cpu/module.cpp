@@ -164,23 +164,18 @@ PyObject* plan_dense(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return plan_of(w, w.dtype);
 }
 
-// plan_block(values, blocks, columns, row_starts, bias or 0, O, I, r, c, dtype) -> plan
-PyObject* plan_block(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  long long v[10];
-  if (!integers(args, count, 10, v)) return nullptr;
-  Matrix w = {};
-  w.values = address<void>(v[0]), w.columns = address<int32_t>(v[2]), w.block_starts = address<int32_t>(v[3]);
-  w.bias = address<float>(v[4]), w.O = v[5], w.I = v[6], w.r = v[7], w.c = v[8], w.dtype = (int)v[9];
+// A plan of `blocks` blocks after its positions were checked.
+PyObject* plan_blocks(Matrix w, int64_t blocks) {
   static const int32_t none = 0;
   if (!w.columns) w.columns = &none;
   if (w.r < 1 || w.c < 1 || w.O % w.r || w.I % w.c) {
     PyErr_SetString(PyExc_ValueError, "blocks do not divide the matrix");
     return nullptr;
   }
-  w.count = v[1] * w.r * w.c;
-  bool fits = w.block_starts[0] == 0 && w.block_starts[w.O / w.r] == v[1];
+  w.count = blocks * w.r * w.c;
+  bool fits = w.block_starts[0] == 0 && w.block_starts[w.O / w.r] == blocks;
   for (int64_t row = 0; row < w.O / w.r; ++row) fits = fits && w.block_starts[row] <= w.block_starts[row + 1];
-  for (int64_t b = 0; fits && b < v[1]; ++b) fits = w.columns[b] >= 0 && w.columns[b] < w.I / w.c;
+  for (int64_t b = 0; fits && b < blocks; ++b) fits = w.columns[b] >= 0 && w.columns[b] < w.I / w.c;
   if (!fits) {
     PyErr_SetString(PyExc_ValueError, "columns or row_starts point outside of the matrix");
     return nullptr;
@@ -188,15 +183,42 @@ PyObject* plan_block(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return plan_of(w, w.dtype);
 }
 
-// plan_coded(values, stored, mask or 0, row_starts or 0, scales, zeros or 0, bias or 0, O, I, group or 0, dtype) -> plan
-// of int8 with a scale a row (group 0), or of four bits with a scale a group; `stored` numbers or groups.
+// plan_block(values, blocks, columns, row_starts, bias or 0, O, I, r, c, dtype) -> plan
+PyObject* plan_block(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long v[10];
+  if (!integers(args, count, 10, v)) return nullptr;
+  Matrix w = {};
+  w.values = address<void>(v[0]), w.columns = address<int32_t>(v[2]), w.block_starts = address<int32_t>(v[3]);
+  w.bias = address<float>(v[4]), w.O = v[5], w.I = v[6], w.r = v[7], w.c = v[8], w.dtype = (int)v[9];
+  return plan_blocks(w, v[1]);
+}
+
+// plan_byte_block(values, blocks, columns, row_starts, scales, sums, bias or 0, O, I, r, c, dtype) -> plan
+// of blocks of int8 with a scale a row; `sums` are those of each row's integers.
+PyObject* plan_byte_block(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long v[12];
+  if (!integers(args, count, 12, v)) return nullptr;
+  Matrix w = {};
+  w.values = address<void>(v[0]), w.columns = address<int32_t>(v[2]), w.block_starts = address<int32_t>(v[3]);
+  w.scales = address<void>(v[4]), w.sums = address<int32_t>(v[5]), w.bias = address<float>(v[6]);
+  w.O = v[7], w.I = v[8], w.r = v[9], w.c = v[10], w.dtype = (int)v[11], w.coding = kInt8;
+  if (w.dtype > kF32) {
+    PyErr_SetString(PyExc_ValueError, "no product for float16");
+    return nullptr;
+  }
+  return plan_blocks(w, v[1]);
+}
+
+// plan_coded(values, stored, mask or 0, row_starts or 0, scales, zeros or 0, bias or 0, O, I, group or 0, dtype, sums or 0) ->
+// plan of int8 with a scale a row (group 0), or of four bits with a scale a group; `stored` numbers or groups.
 PyObject* plan_coded(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  long long v[11];
-  if (!integers(args, count, 11, v)) return nullptr;
+  long long v[12];
+  if (!integers(args, count, 12, v)) return nullptr;
   Matrix w = {};
   w.values = address<void>(v[0]), w.count = v[1], w.mask = address<uint8_t>(v[2]), w.starts = address<int64_t>(v[3]);
   w.scales = address<void>(v[4]), w.zeros = address<uint8_t>(v[5]), w.bias = address<float>(v[6]);
   w.O = v[7], w.I = v[8], w.group = v[9], w.dtype = (int)v[10], w.coding = w.group ? kInt4 : kInt8;
+  w.sums = address<int32_t>(v[11]);
   if (w.dtype > kF32 || w.group < 0 || w.group % 16 || (w.group && w.I % w.group)) {
     PyErr_SetString(PyExc_ValueError, "the groups do not fit the matrix");
     return nullptr;
@@ -242,6 +264,23 @@ PyObject* run_blocks_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
   bool enough;
   Py_BEGIN_ALLOW_THREADS
   enough = run_blocks(*w, *active, address<void>(v[0]), v[1], (void*)(intptr_t)v[2], v[3]);
+  Py_END_ALLOW_THREADS
+  if (!enough) return PyErr_NoMemory();
+  Py_RETURN_NONE;
+}
+
+// run_bytes(plan, x, rows, y, each, threads): the same for int8 with its rows' sums, x being rounded to 1 or 2 bytes a number
+PyObject* run_bytes_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long v[5];
+  const Matrix* w = count ? (const Matrix*)PyCapsule_GetPointer(args[0], Plan<Matrix>::name) : nullptr;
+  if (PyErr_Occurred() || !integers(args + 1, count - 1, 5, v)) return nullptr;
+  if (w->coding != kInt8 || !w->sums || w->I < 1 || w->I > kMostByteColumns || v[3] < 1 || v[3] > 2 || !active->bytes) {
+    PyErr_SetString(PyExc_ValueError, "only for int8 with sums, 1 or 2 bytes, and sets of kernels with products of bytes");
+    return nullptr;
+  }
+  bool enough;
+  Py_BEGIN_ALLOW_THREADS
+  enough = run_bytes(*w, active->bytes[w->dtype], address<void>(v[0]), v[1], (void*)(intptr_t)v[2], (int)v[3], v[4]);
   Py_END_ALLOW_THREADS
   if (!enough) return PyErr_NoMemory();
   Py_RETURN_NONE;
@@ -494,6 +533,9 @@ PyObject* expand_lanes_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
+// has_bytes() -> whether the set of kernels in use multiplies bytes in fours
+PyObject* has_bytes(PyObject*, PyObject*) { return PyBool_FromLong(active->bytes != nullptr); }
+
 // has_lanes(): whether the kernels in use have any
 PyObject* has_lanes(PyObject*, PyObject*) { return PyBool_FromLong(active_lanes != nullptr); }
 
@@ -701,10 +743,13 @@ PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t))
 PyMethodDef methods[] = {
     {"plan_bitmask", fast(plan_bitmask), METH_FASTCALL, "(values, count, mask, row_starts, bias, O, I, dtype) -> plan"},
     {"plan_coded", fast(plan_coded), METH_FASTCALL,
-     "(values, stored, mask, row_starts, scales, zeros, bias, O, I, group, dtype) -> plan"},
+     "(values, stored, mask, row_starts, scales, zeros, bias, O, I, group, dtype, sums) -> plan"},
     {"plan_dense", fast(plan_dense), METH_FASTCALL, "(values, bias, O, I, dtype) -> plan"},
     {"plan_block", fast(plan_block), METH_FASTCALL,
      "(values, blocks, columns, row_starts, bias, O, I, r, c, dtype) -> plan"},
+    {"plan_byte_block", fast(plan_byte_block), METH_FASTCALL,
+     "(values, blocks, columns, row_starts, scales, sums, bias, O, I, r, c, dtype) -> plan"},
+    {"run_bytes", fast(run_bytes_of), METH_FASTCALL, "(plan, x, rows, y, each, threads), for int8 and many rows"},
     {"run", fast(run), METH_FASTCALL, "(plan, x, rows, y, threads)"},
     {"run_blocks", fast(run_blocks_of), METH_FASTCALL, "(plan, x, rows, y, threads), for blocks and many rows"},
     {"expand", fast(expand), METH_FASTCALL, "(plan, begin, end, out, threads)"},
@@ -722,6 +767,7 @@ PyMethodDef methods[] = {
      "(codes, stored, scales, groups, order, steps, starts, sums, bias, O, I, group, height) -> plan"},
     {"run_lanes", fast(run_lanes_of), METH_FASTCALL, "(plan, x, rows, y, threads)"},
     {"expand_lanes", fast(expand_lanes_of), METH_FASTCALL, "(plan, begin, end, out, threads), whole chunks"},
+    {"has_bytes", has_bytes, METH_NOARGS, "Whether the set of kernels in use has products of bytes."},
     {"has_lanes", has_lanes, METH_NOARGS, "Whether the set of kernels in use has lanes."},
     {"plan_decoder", fast(plan_decoder), METH_FASTCALL,
      "(parts, norms, numbers, layers, D, F, heads, kv_heads, head, dtype) -> plan"},

@@ -7,23 +7,8 @@
 #include "tiles_kernel.h"
 #include "decoder_pieces.h"
 
-#if defined(_MSC_VER) && !defined(__clang__)
-#include <intrin.h>
-#endif
-
 namespace pumice {
 namespace {
-
-inline int lowest_bit(uint64_t word) {
-#if defined(_MSC_VER) && !defined(__clang__)
-  unsigned long index = 0;
-  if (_BitScanForward(&index, (unsigned long)word)) return (int)index;
-  _BitScanForward(&index, (unsigned long)(word >> 32));
-  return (int)index + 32;
-#else
-  return __builtin_ctzll(word);
-#endif
-}
 
 struct Portable {
   template <class T>
@@ -90,6 +75,7 @@ struct Eight {
 template <class Value>
 struct PlainBlocks {
   typedef Value T;
+  typedef Value Y;
   typedef Eight Reg;
   static constexpr int64_t kLanes = 8, kTall = 32, kWidth = 32;
   static constexpr int64_t kMost = 4;
@@ -112,9 +98,9 @@ struct PlainBlocks {
     }
   }
 
-  static void store(const float* sums, int64_t width, int64_t outputs, int64_t rows, const float* bias, T* y,
-                    int64_t stride) {
-    store_sums(sums, width, outputs, rows, bias, y, stride);
+  static void store(const Matrix& w, int64_t o, int64_t outputs, const float* sums, const Panel& x, int64_t, int64_t rows,
+                    T* y) {
+    store_sums(w, o, outputs, sums, x, rows, y);
   }
   static void fill(const Matrix& w, int64_t begin, int64_t end, const T* x, int64_t rows, int64_t width, uint32_t* words) {
     fill_plainly<PlainBlocks>(w, begin, end, x, rows, width, words);
@@ -172,7 +158,10 @@ const Kernels table = {"portable",
                        expand_rows<Portable, uint32_t>,
                        {coded_product<Coded, BF16>, coded_product<Coded, float>},
                        {coded_expand<BF16>, coded_expand<float>},
-                       {block_panels<PlainBlocks<BF16>>(), block_panels<PlainBlocks<float>>()}};
+                       {block_panels<PlainBlocks<BF16>>(), block_panels<PlainBlocks<float>>()},
+                       {coded_blocks_product<BF16>, coded_blocks_product<float>},
+                       nullptr,
+                       nullptr};
 
 const StagePiece stages[] = {stage_columns<Floats<BF16>>, stage_columns<Floats<float>>};
 
