@@ -55,3 +55,38 @@ def convolutions(results: Results) -> str:
     )
     head = [f"ms with {1 - results['density']:.0%} zeros (× dense)", "count", *columns]
     return f"{table(head, body)}\n\n{said} ({machine(results['machine'])}.)"
+
+
+def int8_rows(results: Results) -> str:
+    """A layer of int8 with many rows beside dense int8 and dense bf16, and a model's quality and prompt."""
+    found = results["layer"]
+    control = ("int8, dense, PyTorch", "bf16, dense")
+    columns: dict[str, dict[str, Results]] = {}
+    for run in found["runs"]:
+        best: dict[str, Results] = {}
+        for way in run["ways"]:
+            name = way["case"] if way["case"] in control else f"{way['case']}: {way['backend']}"
+            if name not in best or way["ms"] < best[name]["ms"]:
+                best[name] = way
+        columns[f"{run['threads']} thread{'s' if run['threads'] > 1 else ''}, {run['rows']} rows"] = best
+    names = list(dict.fromkeys(name for best in columns.values() for name in best))
+    names.sort(key=lambda name: name not in control)
+    body = []
+    for name in names:
+        ways = [best.get(name) for best in columns.values()]
+        cells = [
+            f"{way['ms']:.2f} ({way[f'of {control[0]}']:.2f}×, {way[f'of {control[1]}']:.2f}×)" if way else ""
+            for way in ways
+        ]
+        error = next((way["error"] for way in ways if way and "error" in way), None)
+        body.append([name, *cells, "" if error is None else f"{error:.1e}"])
+    size = found["size"]
+    rows = [
+        [row["model"], f"{row['perplexity']:.2f}", f"{row['prompt_ms']:.0f}", ", ".join(row["backends"])]
+        for row in results["model"]["rows"]
+    ]
+    return (
+        f"{table(['ms (× PyTorch int8, × best dense bf16)', *columns, 'error'], body)}\n\n"
+        f"One layer of {size} × {size} ({machine(found['machine'])}).\n\n"
+        f"{table(['SmolLM2-135M', 'perplexity', 'ms of a prompt of 256 tokens', 'kernels'], rows)}"
+    )

@@ -256,6 +256,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/quantised.md": {
         "quantised": measured("quant_sparse.json", sections.quantised),
         "quantised speed": measured("quant_sparse.json", sections.quantised_speed),
+        "int8 rows": measured("int8_rows.json", sections_kernels.int8_rows),
     },
     "docs/moe.md": {
         "moe layer": measured("moe_layer.json", sections.experts),
