@@ -63,15 +63,28 @@ struct CodedBytes : CodedFp32 {
     }
   }
 
-  // The numbers of 64 columns, of which those with a bit are stored.
+  // The numbers of 64 columns, of which those with a bit are stored. Where there are few, half a register is loaded: a whole one
+  // reaches into a second cache line nearly always.
+  template <bool kFew = false>
   static inline __m512i expanded(uint64_t bits, const int8_t** p) {
-    const __m512i v = _mm512_mask_expand_epi8(zero(), (__mmask64)bits, in_register(_mm512_loadu_si512(*p)));
-    *p += _mm_popcnt_u64(bits);
-    return v;
+    const int64_t count = _mm_popcnt_u64(bits);
+    const __m512i v = kFew && count <= 32 ? _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)*p))
+                                          : _mm512_loadu_si512(*p);
+    *p += count;
+    return _mm512_mask_expand_epi8(zero(), (__mmask64)bits, in_register(v));
   }
 
   template <class T, int N>
   static void dot8(const Matrix& w, int64_t o, const uint8_t* x, int64_t stride, void* scratch, float* sums) {
+    if (w.mask && w.starts[o + 1] - w.starts[o] < w.I * 3 / 8)
+      dot_row<N, true>(w, o, x, stride, scratch, sums);
+    else
+      dot_row<N, false>(w, o, x, stride, scratch, sums);
+  }
+
+  // `kFew`: there is a bitmask, and few columns are stored.
+  template <int N, bool kFew>
+  static void dot_row(const Matrix& w, int64_t o, const uint8_t* x, int64_t stride, void* scratch, float* sums) {
     constexpr int64_t kWords = ByteRow::kStretch / 64;
     constexpr int U = 2;  // words at once, to hide the latency of a product
     const int64_t padded = ByteRow::padded(w.I), words = padded / 64;
@@ -99,9 +112,9 @@ struct CodedBytes : CodedFp32 {
             uint64_t bits;
             memcpy(&bits, mask + 8 * (j + u), 8);
             _mm_prefetch((const char*)p + kAhead, _MM_HINT_T0);
-            word<N>(expanded(bits, &p), high + 64 * (j + u), stride, padded, acc[u]);
+            word<N>(expanded<kFew>(bits, &p), high + 64 * (j + u), stride, padded, acc[u]);
           }
-        for (; j < end; ++j) word<N>(expanded(mask_word(mask, j, w.I), &p), high + 64 * j, stride, padded, acc[0]);
+        for (; j < end; ++j) word<N>(expanded<kFew>(mask_word(mask, j, w.I), &p), high + 64 * j, stride, padded, acc[0]);
       } else {
         for (; j + U <= whole; j += U)
           PUMICE_UNROLL
