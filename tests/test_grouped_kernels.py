@@ -13,8 +13,10 @@ from pumice.kernels import cpu_backend, grouped_cpu, reference
 from pumice.kernels.experts import expert_mlp
 
 SETS = [name for name, why in cpu_backend.instruction_sets().items() if why is None]
-# Tokens, assignments, experts, outputs, inputs: one of each; empty experts; tails of every tile; many rows; many inputs.
+# Tokens, assignments, experts, outputs, inputs: one of each; empty experts; tails of every tile; many rows; many inputs; whole
+# registers of inputs over more than one stretch; rows of w that meet in the same set of a cache.
 SIZES = [(1, 1, 1, 1, 1), (5, 9, 3, 40, 33), (7, 0, 2, 5, 6), (40, 64, 3, 336, 130), (150, 420, 3, 70, 1100)]
+SIZES += [(40, 70, 2, 45, 1184), (30, 40, 1, 24, 2048)]
 pytestmark = pytest.mark.skipif(not SETS, reason="the C++ kernels were not built")
 
 

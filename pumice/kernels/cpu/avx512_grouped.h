@@ -13,19 +13,32 @@ struct Sums512 {
   static Sum zero() { return _mm512_setzero_ps(); }
   static Sum add(Sum a, Sum b) { return _mm512_add_ps(a, b); }
 
-  // The sums of four registers' lanes, by adding pairs while transposing.
-  static inline void four(const Sum* s, float* out) {
+  // Of four registers the sums of each one's lanes that lie in the same quarter.
+  static inline Sum quarters(const Sum* s) {
     const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(s[0], s[1]), _mm512_unpackhi_ps(s[0], s[1]));
     const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(s[2], s[3]), _mm512_unpackhi_ps(s[2], s[3]));
     const __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
-    const __m512 all =
-        _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  }
+
+  // The sums of four registers' lanes.
+  static inline void four(const Sum* s, float* out) {
+    const __m512 all = quarters(s);
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
   }
 
+  // The sums of eight registers' lanes.
+  static inline void eight(const Sum* s, float* out) {
+    const __m512 a = quarters(s), b = quarters(s + 4);
+    const __m512 all = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    const __m512 in_order = _mm512_shuffle_f32x4(all, all, 0xd8);
+    _mm256_storeu_ps(out, _mm256_add_ps(_mm512_castps512_ps256(in_order), _mm512_extractf32x8_ps(in_order, 1)));
+  }
+
   template <int M>
   static inline void reduce(const Sum* s, float* out) {
+    if (M == 8) return eight(s, out);
     PUMICE_UNROLL
     for (int m = 0; m + 4 <= M; m += 4) four(s + m, out + m);
     if (M == 1) out[0] = _mm512_reduce_add_ps(s[0]);

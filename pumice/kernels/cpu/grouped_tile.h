@@ -25,7 +25,8 @@ namespace {
 constexpr int64_t kRowBlock = 128;     // rows of x whose part of a stretch stays in the second-level cache
 constexpr int64_t kColumnBlock = 128;  // columns of the result at a time
 constexpr int64_t kDirectRows = 8;     // up to so many rows w is not packed
-constexpr int64_t kFetchAhead = 1024;  // bytes of each row of w that are fetched before their use, into the second cache
+constexpr int64_t kFetchAhead = 2048;  // bytes of each row of w that are fetched before their use, into the second cache
+constexpr int64_t kWay = 4096;         // bytes after which addresses meet in the same set of the first cache
 constexpr int64_t kSumsStride = 2 * kColumnBlock + 160;
 
 template <class T>
@@ -137,21 +138,23 @@ inline void rows_direct(const Part<V>& p, int64_t o, int64_t count, float* sums)
   }
 }
 
-template <class V, int N>
-inline void packed_dots(const typename V::Reg* w, const typename V::Reg* x, int64_t steps, float* out, bool add) {
+// `kPacked`: w comes as kM Regs a step; else its kM rows lie `stride` elements apart.
+template <class V, int N, bool kPacked>
+inline void packed_dots(const typename V::Reg* packed, const typename V::T* w, int64_t stride, const typename V::Reg* x,
+                        int64_t steps, float* out, bool add) {
   constexpr int M = V::kM;
   typename V::Sum acc[M][N];
   PUMICE_UNROLL
   for (int m = 0; m < M; ++m)
     PUMICE_UNROLL
     for (int n = 0; n < N; ++n) acc[m][n] = V::zero();
-  for (int64_t k = 0; k < steps; ++k, w += M, x += N) {
+  for (int64_t k = 0; k < steps; ++k, packed += kPacked ? M : 0, w += kPacked ? 0 : V::kLanes, x += N) {
     typename V::Reg v[N];
     PUMICE_UNROLL
     for (int n = 0; n < N; ++n) v[n] = x[n];
     PUMICE_UNROLL
     for (int m = 0; m < M; ++m) {
-      const typename V::Reg r = V::hold(w[m]);
+      const typename V::Reg r = V::hold(kPacked ? packed[m] : V::load(w + m * stride));
       PUMICE_UNROLL
       for (int n = 0; n < N; ++n) acc[m][n] = V::fma(acc[m][n], r, v[n]);
     }
@@ -159,12 +162,12 @@ inline void packed_dots(const typename V::Reg* w, const typename V::Reg* x, int6
   put_sums<V, M, N>(acc, out, add);
 }
 
-template <class V, int N>
-inline void packed_dots_up_to(int n, const typename V::Reg* w, const typename V::Reg* x, int64_t steps, float* out,
-                              bool add) {
+template <class V, int N, bool kPacked>
+inline void packed_dots_up_to(int n, const typename V::Reg* packed, const typename V::T* w, int64_t stride,
+                              const typename V::Reg* x, int64_t steps, float* out, bool add) {
   if constexpr (N > 0) {
-    if (n < N) return packed_dots_up_to<V, N - 1>(n, w, x, steps, out, add);
-    packed_dots<V, N>(w, x, steps, out, add);
+    if (n < N) return packed_dots_up_to<V, N - 1, kPacked>(n, packed, w, stride, x, steps, out, add);
+    packed_dots<V, N, kPacked>(packed, w, stride, x, steps, out, add);
   }
 }
 
@@ -188,6 +191,8 @@ template <class V>
 inline void rows_packed(const Part<V>& p, int64_t o, int64_t count, float* sums) {
   typedef typename V::T T;
   const int64_t pass = even_pass(p.rows, V::kN);
+  // Rows that lie a multiple of a cache's way apart would drive each other out.
+  const bool apart = p.w_output * (int64_t)sizeof(T) % kWay != 0;
   for (int64_t i = 0; i < p.I; i += V::kStretch) {
     const int64_t n = p.I - i < V::kStretch ? p.I - i : V::kStretch, steps = (n + V::kLanes - 1) / V::kLanes;
     for (int64_t r = 0; r < p.rows; r += pass) {
@@ -197,15 +202,20 @@ inline void rows_packed(const Part<V>& p, int64_t o, int64_t count, float* sums)
     for (int64_t c = 0; c < count; c += V::kM) {
       const int there = (int)(count - c < V::kM ? count - c : V::kM);
       const T* w = p.w + (o + c) * p.w_output;
-      pack<V>([&](int m) { return w + m * p.w_output; }, V::kM, there, i, n, p.w_pack);
+      const bool direct = apart && there == V::kM && n % V::kLanes == 0;
+      if (!direct) pack<V>([&](int m) { return w + m * p.w_output; }, V::kM, there, i, n, p.w_pack);
       // Memory works on the next tile while this one is multiplied.
       const int64_t line = 64 / (int64_t)sizeof(T), lines = (n + line - 1) / line, share = lines * pass / p.rows + 1;
       int64_t next = 0;
       for (int64_t r = 0; r < p.rows; r += pass) {
         for (const int64_t stop = next + share < lines ? next + share : lines; next < stop; ++next)
-          for (int m = 0; m < V::kM; ++m) ask(w + (V::kM + m) * p.w_output + next * line);
+          for (int m = 0; m < V::kM; ++m) ask(w + (V::kM + m) * p.w_output + i + next * line);
         const int width = (int)(p.rows - r < pass ? p.rows - r : pass);
-        packed_dots_up_to<V, V::kN>(width, p.w_pack, p.x_pack + r * steps, steps, sums + r * kSumsStride + c, i > 0);
+        float* out = sums + r * kSumsStride + c;
+        if (direct)
+          packed_dots_up_to<V, V::kN, false>(width, nullptr, w + i, p.w_output, p.x_pack + r * steps, steps, out, i > 0);
+        else
+          packed_dots_up_to<V, V::kN, true>(width, p.w_pack, nullptr, 0, p.x_pack + r * steps, steps, out, i > 0);
       }
     }
   }
