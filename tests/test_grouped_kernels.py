@@ -14,9 +14,9 @@ from pumice.kernels.experts import expert_mlp
 
 SETS = [name for name, why in cpu_backend.instruction_sets().items() if why is None]
 # Tokens, assignments, experts, outputs, inputs: one of each; empty experts; tails of every tile; many rows; many inputs; whole
-# registers of inputs over more than one stretch; rows of w that meet in the same set of a cache.
+# registers of inputs over more than one stretch; rows of w that meet in the same set of a cache; an odd width with many rows.
 SIZES = [(1, 1, 1, 1, 1), (5, 9, 3, 40, 33), (7, 0, 2, 5, 6), (40, 64, 3, 336, 130), (150, 420, 3, 70, 1100)]
-SIZES += [(40, 70, 2, 45, 1184), (30, 40, 1, 24, 2048)]
+SIZES += [(40, 70, 2, 45, 1184), (30, 40, 1, 24, 2048), (60, 270, 1, 81, 67)]
 pytestmark = pytest.mark.skipif(not SETS, reason="the C++ kernels were not built")
 
 
@@ -71,7 +71,7 @@ FORMS += [("silu", "pairs", 0.0, 0.0), ("clamped_swish", "pairs", 1.702, 2.0), (
 def test_expert_mlp_is_as_exact_as_the_reference(instructions, form, dtype):
     torch.manual_seed(0)
     tokens, experts, width, hidden = 70, 3, 34, 150
-    token_A, offsets_E1, scale_A = plan(tokens, 100, experts)
+    token_A, offsets_E1, scale_A = plan(tokens, 330, experts)
     rows = hidden if form[1] == "none" else 2 * hidden
     x = torch.randn(tokens, width).to(dtype)
     up, down = (torch.randn(experts, rows, width) * 0.5).to(dtype), torch.randn(experts, width, hidden).to(dtype) * 0.1
@@ -80,7 +80,7 @@ def test_expert_mlp_is_as_exact_as_the_reference(instructions, form, dtype):
     more = (offsets_E1, token_A)
     truth = reference.expert_mlp(*wide, *more, scale_A.double(), *(b.double() for b in biases), form)
     theirs = reference.expert_mlp(x, up, down, *more, scale_A, *biases, form)
-    call = Call("expert_mlp", "dense", dtype, "cpu", 100, (hidden, width), {"experts": experts})
+    call = Call("expert_mlp", "dense", dtype, "cpu", 330, (hidden, width), {"experts": experts})
     for backend, reason in dispatch.candidates(call):
         assert reason is None
         no_worse(backend.prepare((up, down, form), None)(x, *more, scale_A, *biases), theirs, truth, dtype)

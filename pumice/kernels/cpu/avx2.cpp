@@ -185,6 +185,7 @@ struct Floats256 {
   typedef __m256 Reg;
   typedef __m256 Sum;
   static constexpr int64_t kLanes = 8, kStretch = 512;
+  static constexpr bool kTurns = false;
   static constexpr int kM = 4, kN = 3, kDirectM = 4, kDirectN = 3, kWidth = 8, kStep = 1, kCross = 1, kV = 2, kR = 4;
 
   static Sum zero() { return _mm256_setzero_ps(); }

@@ -350,6 +350,7 @@ struct Pairs512 : Sums512 {
   static Reg load(const T* p, int64_t n) { return _mm512_maskz_loadu_epi16(first32(n), p); }
   static Sum fma(Sum s, Reg w, Reg x) { return _mm512_dpbf16_ps(s, pairs(w), pairs(x)); }
   static Reg hold(Reg r) { return in_register(r); }
+  static void turn(Reg* r) { pumice::turn(r); }
   static Reg spread(const T* x, int left) {
     uint32_t two = 0;
     if (left == kStep)

@@ -7,37 +7,6 @@
 namespace pumice {
 namespace {
 
-// Lane l of register k to lane k of register l.
-inline void turn(__m512i* r) {
-  __m512i t[16];
-  PUMICE_UNROLL
-  for (int k = 0; k < 16; k += 2) {
-    t[k] = _mm512_unpacklo_epi32(r[k], r[k + 1]);
-    t[k + 1] = _mm512_unpackhi_epi32(r[k], r[k + 1]);
-  }
-  PUMICE_UNROLL
-  for (int k = 0; k < 16; k += 4)
-    PUMICE_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      r[k + 2 * h] = _mm512_unpacklo_epi64(t[k + h], t[k + 2 + h]);
-      r[k + 2 * h + 1] = _mm512_unpackhi_epi64(t[k + h], t[k + 2 + h]);
-    }
-  PUMICE_UNROLL
-  for (int half = 0; half < 16; half += 8)
-    PUMICE_UNROLL
-    for (int k = 0; k < 4; ++k) {
-      t[half + k] = _mm512_shuffle_i32x4(r[half + k], r[half + k + 4], 0x88);
-      t[half + k + 4] = _mm512_shuffle_i32x4(r[half + k], r[half + k + 4], 0xdd);
-    }
-  PUMICE_UNROLL
-  for (int k = 0; k < 4; ++k) {
-    r[k] = _mm512_shuffle_i32x4(t[k], t[k + 8], 0x88);
-    r[k + 8] = _mm512_shuffle_i32x4(t[k], t[k + 8], 0xdd);
-    r[k + 4] = _mm512_shuffle_i32x4(t[k + 4], t[k + 12], 0x88);
-    r[k + 12] = _mm512_shuffle_i32x4(t[k + 4], t[k + 12], 0xdd);
-  }
-}
-
 inline void narrow16(__m512 v, __mmask16 k, float* out) { _mm512_mask_storeu_ps(out, k, v); }
 // As `narrow` does it: to nearest, ties to even, a NaN stays one.
 inline void narrow16(__m512 v, __mmask16 k, BF16* out) {

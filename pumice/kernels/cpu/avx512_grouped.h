@@ -10,6 +10,8 @@ struct Sums512 {
   typedef __m512 Sum;
   static constexpr int kM = 8, kN = 3, kDirectM = 4, kDirectN = 6, kWidth = 16, kV = 4, kR = 6;
 
+  static constexpr bool kTurns = true;
+
   static Sum zero() { return _mm512_setzero_ps(); }
   static Sum add(Sum a, Sum b) { return _mm512_add_ps(a, b); }
 
@@ -64,6 +66,7 @@ struct Floats512 : Sums512 {
   static Reg load(const T* p, int64_t n) { return load16(first16(n), p); }
   static Sum fma(Sum s, Reg w, Reg x) { return _mm512_fmadd_ps(w, x, s); }
   static Reg hold(Reg r) { return _mm512_castsi512_ps(in_register(_mm512_castps_si512(r))); }
+  static void turn(Reg* r) { pumice::turn((__m512i*)r); }
   static Reg spread(const T* x, int) { return _mm512_set1_ps(widen(*x)); }
   static inline void cross(const T* w, int64_t, int, int64_t outputs, Reg* out) {
     out[0] = outputs >= 16 ? load16(w) : load16(first16(outputs), w);

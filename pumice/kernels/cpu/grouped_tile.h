@@ -4,6 +4,7 @@
 // register (compilers would rather read it from cache again for every product), and
 //   rows mode (inputs side by side in w): kLanes inputs a Reg, tiles of kM outputs times kN rows of x (kDirectM and
 //     kDirectN where w is not packed), whose sums are added up across lanes at the end of kStretch inputs;
+//     Where there are many rows of x, w is turned (kTurns: this set can) and multiplied as in
 //   columns mode (outputs side by side in w): kWidth outputs a Sum, kStep inputs at a time, kCross Sums from one load,
 //     tiles of kV Sums times kR rows of x.
 // Few rows read w where it lies, each weight once from memory: the stream of weights sets the pace. More rows go in
@@ -22,9 +23,11 @@
 namespace pumice {
 namespace {
 
-constexpr int64_t kRowBlock = 128;     // rows of x whose part of a stretch stays in the second-level cache
+constexpr int64_t kRowBlock = 128;     // rows of x whose part of a stretch stays in the second-level cache, packed
+constexpr int64_t kTurnedBlock = 256;  // the same where x is not packed, since w is turned
 constexpr int64_t kColumnBlock = 128;  // columns of the result at a time
 constexpr int64_t kDirectRows = 8;     // up to so many rows w is not packed
+constexpr int64_t kTurnedRows = 96;    // from so many on, w is turned where its inputs lie side by side
 constexpr int64_t kFetchAhead = 2048;  // bytes of each row of w that are fetched before their use, into the second cache
 constexpr int64_t kWay = 4096;         // bytes after which addresses meet in the same set of the first cache
 constexpr int64_t kSumsStride = 2 * kColumnBlock + 160;
@@ -314,8 +317,48 @@ inline void columns_packed(const Part<V>& p, int64_t o, int64_t count, float* su
   }
 }
 
+// The same where inputs lie side by side in w: its tiles are turned as they are packed, so that no sums need be added up across
+// lanes. Worth it where many rows meet them.
+template <class V>
+inline void rows_turned(const Part<V>& p, int64_t o, int64_t count, float* sums) {
+  typedef typename V::Reg Reg;
+  constexpr int64_t kTile = V::kV * V::kWidth, kSteps = V::kLanes / V::kStep;
+  static_assert(kSteps == V::kWidth, "a square is turned");
+  const int64_t pass = even_pass(p.rows, V::kR);
+  for (int64_t i = 0; i < p.I; i += V::kStretch / 2) {
+    const int64_t n = p.I - i < V::kStretch / 2 ? p.I - i : V::kStretch / 2;
+    for (int64_t c = 0; c < count; c += kTile) {
+      for (int64_t s = 0; s < V::kV; ++s) {
+        const int64_t first = c + s * V::kWidth;
+        const typename V::T* w = p.w + (o + first) * p.w_output + i;
+        for (int64_t k = 0; k < n; k += V::kLanes) {
+          Reg r[V::kWidth];
+          PUMICE_UNROLL
+          for (int m = 0; m < V::kWidth; ++m) {
+            const bool there = first + m < count;
+            r[m] = !there               ? V::none()
+                   : n - k >= V::kLanes ? V::load(w + m * p.w_output + k)
+                                        : V::load(w + m * p.w_output + k, n - k);
+          }
+          V::turn(r);
+          Reg* to = p.w_pack + k / V::kStep * V::kV + s;
+          PUMICE_UNROLL
+          for (int q = 0; q < V::kWidth; ++q) to[q * V::kV] = r[q];
+        }
+      }
+      for (int64_t r = 0; r < p.rows; r += pass) {
+        const int width = (int)(p.rows - r < pass ? p.rows - r : pass);
+        spreads_up_to<V, V::kV, V::kR, true>(width, nullptr, 0, p.w_pack, count - c, p.x + r, i, n,
+                                             sums + r * kSumsStride + c, i > 0);
+      }
+    }
+  }
+}
+
 template <class V>
 inline void product(const Part<V>& p, int64_t o, int64_t count, float* sums) {
+  if constexpr (V::kTurns)
+    if (p.w_input == 1 && p.rows >= kTurnedRows) return rows_turned<V>(p, o, count, sums);
   const bool direct = p.rows <= kDirectRows;
   if (p.w_input == 1 && p.rows <= V::kN)  // more streams of weights are faster, as long as the sums fit the registers
     rows_direct<V, V::kM, V::kN>(p, o, count, sums);
@@ -358,8 +401,9 @@ template <class V>
 bool stage_columns(const Stage& s, int64_t begin, int64_t end) {
   typedef typename V::T T;
   typedef typename V::Reg Reg;
+  constexpr int64_t kBlock = V::kTurns ? kTurnedBlock : kRowBlock;
   const int64_t x_regs = kRowBlock * (V::kStretch / V::kLanes), w_most = V::kM > V::kV ? V::kM : V::kV;
-  const size_t bytes = sizeof(Reg) * (size_t)(x_regs + w_most * V::kStretch) + sizeof(float) * kRowBlock * kSumsStride;
+  const size_t bytes = sizeof(Reg) * (size_t)(x_regs + w_most * V::kStretch) + sizeof(float) * kBlock * kSumsStride;
   Reg* space = (Reg*)scratch(2, bytes + 256);
   if (!space) return false;
   Part<V> p = {};
@@ -380,12 +424,12 @@ bool stage_columns(const Stage& s, int64_t begin, int64_t end) {
     for (int64_t r = 0; r < s.rows; ++r) memset(kept + r * kept_stride + begin, 0, sizeof(float) * (size_t)(end - begin));
   }
 
-  const T* x[kRowBlock];
+  const T* x[kBlock];
   p.x = x;
   const bool together = s.finish == kGate && s.step > 1;
   for (int64_t e = 0; e < s.E; ++e)
-    for (int64_t a = s.offsets[e]; a < s.offsets[e + 1]; a += kRowBlock) {
-      p.rows = s.offsets[e + 1] - a < kRowBlock ? s.offsets[e + 1] - a : kRowBlock;
+    for (int64_t a = s.offsets[e]; a < s.offsets[e + 1]; a += kBlock) {
+      p.rows = s.offsets[e + 1] - a < kBlock ? s.offsets[e + 1] - a : kBlock;
       for (int64_t r = 0; r < p.rows; ++r) x[r] = (const T*)s.x + (s.gather ? s.gather[a + r] : a + r) * s.x_stride;
       p.w = (const T*)s.w + e * s.w_expert;
       const int64_t outputs = s.columns * (s.finish == kGate ? 2 : 1);

@@ -114,6 +114,7 @@ struct Floats {
   typedef Eight Reg;
   typedef Reg Sum;
   static constexpr int64_t kLanes = 8, kStretch = 512;
+  static constexpr bool kTurns = false;
   static constexpr int kM = 2, kN = 2, kDirectM = 2, kDirectN = 2, kWidth = 8, kStep = 1, kCross = 1, kV = 2, kR = 2;
 
   static Reg zero() { return Reg{}; }
