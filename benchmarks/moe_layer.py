@@ -4,9 +4,10 @@ The layer is Mixtral-like (8 experts, 2 of them a token, d 1024, ff 3584), or ha
 Several layers of weights, more than 512 MB in all, take turns, so that weights come from memory as in a real model.
 Implementations take turns in one run. Of each: the median and the least wall-clock time, and the median CPU time of
 all threads, which tells more where other processes run beside. `batched_mm` copies the weights of every
-token's experts, so it is left out beyond 16 tokens. `floor_ms` is what no implementation of these products goes below here: the
+token's experts, so it is left out beyond 16 tokens. `floor_ms` says what bounds the layer: the
 longer of the time to read the weights that are used, at the bandwidth measured in the same run (a sum over a large tensor), and
-of the time of the products (three times as many with gradients), at the rate of a dense one of 2048 x 4096 x 4096 in the same run.
+of the time of the products (three times as many with gradients), at the rate of a dense one of 2048 x 4096 x 4096
+by PyTorch in the same run.
 
     python benchmarks/moe_layer.py --part bf16-few      # one part of PARTS into benchmarks/results/moe_layer.json
     python benchmarks/moe_layer.py --plot               # draws what is in the file

@@ -218,8 +218,8 @@ def experts(results: Results) -> str:
     stamp = results["results"][0]["machine"]
     said = f"{machine(stamp)}, {stamp['threads']} threads; weights from memory. The floor is the longer of two times: to read the "
     said += (
-        'weights in use, and to multiply at the rate of a large dense product, both measured in the same run. "At most" is what '
-        "that leaves over the best other implementation."
+        "weights in use, and to multiply at the rate of a large dense product of PyTorch's, both measured in the same run; the last "
+        "column is how many times as fast as the best other implementation that would be."
     )
     return f"{table(head, rows)}\n\n{said}"
 
