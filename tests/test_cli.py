@@ -279,6 +279,7 @@ def test_pack_gives_a_reason_for_every_layer(place):
     assert all(layer["reason"] for layer in result["layers"])
     every = run("pack", place / "pruned", "--batch", "1", "--all").stdout
     assert "model.layers.1.mlp.down_proj" in every
+    assert "give values='int8' as well" in refused("pack", place / "pruned", "--activations", "int8")
 
 
 def test_generate(place):

@@ -178,8 +178,27 @@ def test_an_moe_layer_is_compared_with_the_best_other(tables):
     times = {"eager": {"ms": 3.0}, "grouped_mm": {"ms": 2.0}, "pumice": {"ms": 4.0}, "dense MLP": {"ms": 1.0}}
     machine = {"cores": 2, "cpu": "C", "kernels_in_use": "K", "threads": 2}
     entry = {"part": "few", "layer": "mixtral", "dtype": "bfloat16", "tokens": 1, "times": times, "machine": machine}
-    (row,) = rows_of(tables.sections.experts({"results": [entry]}))
-    assert row[3:7] == ["4.00", "2.00 (grouped_mm)", "0.50×", "1.00"]
+    (row,) = rows_of(tables.sections.experts({"results": [{**entry, "floor_ms": 0.5, "floor_by": "memory"}]}))
+    assert row[3:] == ["4.00", "2.00 (grouped_mm)", "0.50×", "1.00", "0.50 (memory)", "4.00×"]
+
+
+def test_integers_are_compared_with_both_kinds_of_dense(tables):
+    kinds = ("int8, dense, PyTorch", "bf16, dense")
+    ways = [
+        {"case": case, "backend": backend, "ms": ms, **{f"of {kind}": 4 / ms for kind in kinds}, **more}
+        for case, backend, ms, more in (
+            ("int8, dense", "bytes", 2.0, {"error": 0.01}),
+            ("bf16, dense", "torch", 8.0, {}),
+            ("bf16, dense", "onednn", 4.0, {}),
+        )
+    ]
+    machine = {"cores": 2, "cpu": "C", "kernels_in_use": "K"}
+    layer = {"size": 64, "runs": [{"threads": 1, "rows": 16, "ways": ways}], "machine": machine}
+    models = [{"model": "bf16", "perplexity": 3.0, "backends": ["onednn"], "prompt_ms": 5.0}]
+    text = tables.sections_kernels.int8_rows({"layer": layer, "model": {"rows": models}})
+    assert "| bf16, dense | 4.00 (1.00×, 1.00×) |  |" in text
+    assert "| int8, dense: bytes | 2.00 (2.00×, 2.00×) | 1.0e-02 |" in text
+    assert "| bf16 | 3.00 | 5 | onednn |" in text
 
 
 def test_larger_than_memory_shows_what_failed_too(tables):

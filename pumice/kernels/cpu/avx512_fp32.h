@@ -21,6 +21,7 @@ inline __m512i zero() {
 #endif
   return v;
 }
+
 // Lane l of register k to lane k of register l.
 inline void turn(__m512i* r) {
   __m512i t[16];

@@ -9,7 +9,6 @@ namespace {
 struct Sums512 {
   typedef __m512 Sum;
   static constexpr int kM = 8, kN = 3, kDirectM = 4, kDirectN = 6, kWidth = 16, kV = 4, kR = 6;
-
   static constexpr bool kTurns = true;
 
   static Sum zero() { return _mm512_setzero_ps(); }
