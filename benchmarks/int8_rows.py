@@ -127,7 +127,8 @@ def model() -> list[dict[str, Any]]:
     """Perplexity and milliseconds of a prompt: dense, int8, and int8 with rounded activations."""
     loaded = load_model(demo_model(), dtype=torch.bfloat16)
     dense = loaded.model.eval()
-    ids = torch.randint(0, dense.config.vocab_size, (1, PROMPT))
+    config: Any = dense.config
+    ids = torch.randint(0, config.vocab_size, (1, PROMPT))
     batch = (1, PROMPT, SEQLEN)
 
     def packed(**options: Any) -> nn.Module:
