@@ -21,13 +21,13 @@ def model(density: float = 0.5, width: int = 96) -> nn.Sequential:
     return net
 
 
-def clock(fast: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Times that do not depend on the machine: the layout `fast` takes 1 ms, dense 2, all others 3."""
+def clock(fast: str, monkeypatch: pytest.MonkeyPatch, kind: str = "layout") -> None:
+    """Times that do not depend on the machine: the layout (or backend) `fast` takes 1 ms, dense 2, all others 3."""
 
     def timed(runs):
         for timing, run in runs:
             run()
-            timing.ms = 1.0 if timing.layout == fast else 2.0 if timing.layout == "dense" else 3.0
+            timing.ms = 1.0 if getattr(timing, kind) == fast else 2.0 if timing.layout == "dense" else 3.0
 
     monkeypatch.setattr(layer_timing, "time_in_turns", timed)
 
@@ -176,20 +176,11 @@ def test_values_changes_the_type_and_refuses_others():
         pumice.pack(model(), values="int5")
 
 
-def fastest_backend(fast: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def timed(runs):
-        for timing, run in runs:
-            run()
-            timing.ms = 1.0 if timing.backend == fast else 2.0 if timing.layout == "dense" else 3.0
-
-    monkeypatch.setattr(layer_timing, "time_in_turns", timed)
-
-
 def test_activations_are_rounded_only_if_asked(monkeypatch):
     call = dispatch.Call("linear", "int8", torch.bfloat16, "cpu", 64, (192, 96), {}, "int8")
     if {backend.name: reason for backend, reason in dispatch.candidates(call)}.get("bytes", "not built") is not None:
         pytest.skip("this CPU does not multiply bytes")
-    fastest_backend("bytes", monkeypatch)
+    clock("bytes", monkeypatch, "backend")
     x = torch.randn(64, 96).bfloat16()
     exact = pumice.pack(model(1.0), batch=64, values="bfloat16", progress=False)(x)
     net = pumice.pack(model(1.0).bfloat16(), batch=64, values="int8", progress=False)
