@@ -196,6 +196,32 @@ def test_activations_are_rounded_only_if_asked(monkeypatch):
     assert not any(getattr(module, "activations", None) for module in again)
 
 
+def test_a_copy_of_the_weight_is_kept_only_for_rows_that_were_asked_for(monkeypatch):
+    call = dispatch.Call("linear", "dense", torch.float32, "cpu", 256, (192, 96), {})
+    if {backend.name: reason for backend, reason in dispatch.candidates(call)}.get("onednn", "unknown") is not None:
+        pytest.skip("this PyTorch has no oneDNN that takes a weight in its own order")
+    clock("onednn", monkeypatch, "backend")
+    x = torch.randn(300, 96)
+    want = model(1.0)(x)
+    for batch, names in ((1, {"onednn"}), (256, {"onednn"}), ((1, 256), {"onednn"})):
+        net = pumice.pack(model(1.0), batch=batch, progress=False)
+        layers = pumice.describe(net).layers
+        assert {name for layer in layers for name in layer.backends.values()} == names
+        torch.testing.assert_close(net(x), want, rtol=1e-4, atol=1e-4)
+
+    def timed(runs):
+        for timing, run in runs:
+            run()
+            timing.ms = 1.0 if (timing.backend == "onednn") == (timing.rows == 256) else 2.0
+
+    monkeypatch.setattr(layer_timing, "time_in_turns", timed)
+    net = pumice.pack(model(1.0), batch=1, progress=False)
+    assert all(layer.bytes == layer.dense_bytes for layer in pumice.describe(net).layers)
+    torch.testing.assert_close(net(x), want, rtol=1e-4, atol=1e-4)
+    net = pumice.pack(model(1.0), batch=(1, 256), progress=False)
+    assert all(layer.bytes == 2 * layer.dense_bytes for layer in pumice.describe(net).layers)
+
+
 @pytest.mark.parametrize("values", [None, "int4", "bfloat16"])
 def test_activations_without_weights_of_eight_bits_are_refused(values):
     with pytest.raises(PumiceError, match="give values='int8' as well"):

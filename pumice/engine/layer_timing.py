@@ -19,7 +19,7 @@ from pumice.weights.layouts.base import pack as pack_as
 from pumice.weights.layouts.base import unpack as unpack_matrix
 
 MANY_ROWS = 256
-"""Rows at which the backend for long prompts is chosen, whatever batches were asked for."""
+"""Rows at which the backend for long prompts is chosen, whatever batches were asked for: without copies then."""
 MAX_COPIES = 512
 MARGIN = 1.03
 """A sparse layout must beat dense by 3 %, or measuring noise would decide."""
@@ -138,10 +138,12 @@ def time_in_turns(runs: list[tuple[Timing, Callable[[], None]]]) -> None:
 
 
 def _judge(candidates: list[Packed], timings: list[Timing], batch: Sequence[int], points: Sequence[int]) -> Verdict:
-    def best(packed: Packed, rows: int) -> Timing | None:
+    def ran(packed: Packed, rows: int) -> list[Timing]:
         wanted = (packed.layout, packed.params, rows)
-        ran = [t for t in timings if (t.layout, t.params, t.rows) == wanted and t.ms is not None]
-        return min(ran, key=lambda t: t.ms or math.inf) if ran else None
+        return [t for t in timings if (t.layout, t.params, t.rows) == wanted and t.ms is not None]
+
+    def best(packed: Packed, rows: int) -> Timing | None:
+        return min(ran(packed, rows), key=lambda t: t.ms or math.inf, default=None)
 
     dense = {rows: timing for rows in points if (timing := best(candidates[0], rows)) is not None}
     scores: dict[int, float] = {}
@@ -160,8 +162,15 @@ def _judge(candidates: list[Packed], timings: list[Timing], batch: Sequence[int]
         winner = min(level, key=lambda index: candidates[index].nbytes)
     reason = _reason(candidates, scores, winner, batch)
     chosen = candidates[winner]
-    backends = {rows: timing.backend for rows in points if (timing := best(chosen, rows)) is not None}
-    return Verdict(chosen.layout, chosen.params, backends, timings, dense, reason)
+    backends = {rows: timing.backend for rows in batch if (timing := best(chosen, rows)) is not None}
+    # What is kept beside the weights is for rows that were asked for; others get by with that, or without.
+    kept = {dispatch.get("linear", chosen.layout, name).extra for name in backends.values()}
+    for rows in set(points) - set(batch):
+        found = [(t, dispatch.get("linear", chosen.layout, t.backend).extra) for t in ran(chosen, rows)]
+        light = [t for t, extra in found if extra in kept or not extra(chosen)] or [t for t, _ in found]
+        if light:
+            backends[rows] = min(light, key=lambda t: t.ms or math.inf).backend
+    return Verdict(chosen.layout, chosen.params, dict(sorted(backends.items())), timings, dense, reason)
 
 
 def _reason(candidates: list[Packed], scores: dict[int, float], winner: int, batch: Sequence[int]) -> str:

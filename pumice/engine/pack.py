@@ -102,6 +102,8 @@ def pack(
     Every layout that fits a layer's zeros is timed against the best dense backend on this machine, with the caller's
     thread count and weights out of cache, at the given batch sizes (rows: sequences × tokens of one forward pass).
     The layout with the best geometric mean wins, dense unless it is beaten by 3 %. `describe` tells what was chosen.
+    Longer inputs than were asked for take the fastest kernel that keeps no copy of the weight: give their rows too
+    where speed is worth the memory.
     A decoder of a family that `fuse` knows then takes single tokens through all its layers in one call. On Linux the
     weights are gathered into huge pages.
     What was measured on this machine before, for such a layer, is not measured again.

@@ -18,7 +18,7 @@ from typing import Any
 from pumice.engine.layer_timing import Timing, Verdict
 from pumice.kernels.features import machine_stamp, native_build
 
-FORMAT = 2
+FORMAT = 3
 
 
 def cache_folder() -> Path:
