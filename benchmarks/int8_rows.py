@@ -18,19 +18,18 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import common
+import matvec
+import quant_sparse
 import torch
-from quant_sparse import integers
 from torch import Tensor, nn
 
 import pumice
 from pumice.core import dispatch, select
-from pumice.core.dispatch import Call
 from pumice.engine.models import demo_model, load_model
 from pumice.kernels.features import machine_stamp
 from pumice.weights.layouts.base import Packed, pack, unpack
@@ -46,65 +45,43 @@ Ways = dict[tuple[str, str], Callable[[], Any]]
 def cases() -> dict[str, Packed]:
     """The layer whole, with zeros anywhere and with blocks of zeros."""
     w = torch.randn(SIZE, SIZE)
-    made = {"int8, dense": integers(w, "int8", "int8")}
+    made = {"int8, dense": quant_sparse.integers(w, "int8", "int8")}
     for density in (0.5, 0.2):
         gone = w * select.layer(w.abs(), density)
-        made[f"int8, {1 - density:.0%} zeros"] = integers(gone, "int8", "int8-bitmask")
+        made[f"int8, {1 - density:.0%} zeros"] = quant_sparse.integers(gone, "int8", "int8-bitmask")
     for density in (0.5, 0.2, 0.1):
         gone = w * select.blocks(w.abs(), 16, 32, density)
-        made[f"int8, {1 - density:.0%} of 16x32 blocks"] = integers(gone, "int8", "int8-block", r=16, c=32)
+        made[f"int8, {1 - density:.0%} of 16x32 blocks"] = quant_sparse.integers(gone, "int8", "int8-block", r=16, c=32)
     return made
 
 
-def pumice_ways(name: str, packed: Packed, x: Tensor) -> Ways:
-    call = Call("linear", packed.layout, packed.dtype, "cpu", len(x), packed.shape, packed.params, "int8")
-    held = common.copies(packed, max(2, -(-COLD_BYTES // packed.nbytes)))
-    return {
-        (name, backend.name): common.rotated([backend.prepare(one, None) for one in held], x)
-        for backend, reason in dispatch.candidates(call)
-        if reason is None and backend.name in NAMES
-    }
-
-
-def dense_bf16(x: Tensor) -> Ways:
-    packed = pack(torch.randn(SIZE, SIZE).bfloat16(), "dense")
-    call = Call("linear", "dense", packed.dtype, "cpu", len(x), packed.shape, {})
-    held = common.copies(packed, -(-COLD_BYTES // packed.nbytes))
-    return {
-        ("bf16, dense", backend.name): common.rotated([backend.prepare(one, None) for one in held], x)
-        for backend, reason in dispatch.candidates(call)
-        if reason is None
-    }
-
-
-def torch_int8(x: Tensor) -> Ways:
+def torch_int8(rows: int) -> Ways:
     """PyTorch's dynamically quantised layer in each of its engines."""
     made: Ways = {}
     for engine in torch.backends.quantized.supported_engines:
-        if engine not in ("onednn", "x86", "fbgemm"):
-            continue
-        torch.backends.quantized.engine = engine
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            net = nn.Sequential(nn.Linear(SIZE, SIZE, bias=False))
-            held = [
-                torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, dtype=torch.qint8)
-                for _ in range(COLD_BYTES // SIZE**2)
-            ]
-        made["int8, dense, PyTorch", engine] = common.rotated(held, x)
+        if engine in ("onednn", "x86", "fbgemm"):
+            torch.backends.quantized.engine = engine
+            held = [quant_sparse.torch_int8(SIZE) for _ in range(COLD_BYTES // SIZE**2)]
+            made["int8, dense, PyTorch", engine] = common.rotated(held, torch.randn(rows, SIZE))
     return made
 
 
-def error(run: Callable[[], Tensor], packed: Packed, x: Tensor) -> float:
+def ours(name: str, packed: Packed, rows: int) -> Ways:
+    found = matvec.ways(packed, rows, COLD_BYTES, name, "int8")
+    return {key: run for key, run in found.items() if key[1] in NAMES}
+
+
+def error(y: Tensor, packed: Packed, x: Tensor) -> float:
     want = x.double() @ unpack(packed.astype(torch.float64)).double().t()
-    return float(f"{(run().double() - want).norm() / want.norm():.2g}")
+    return float(f"{(y.double() - want).norm() / want.norm():.2g}")
 
 
 def layer(rows: int, layers: dict[str, Packed]) -> list[dict[str, Any]]:
     """Milliseconds of every way, dense int8 of PyTorch and dense bf16 in the same turns."""
-    x = torch.randn(rows, SIZE)
-    control = {**torch_int8(x), **dense_bf16(x.bfloat16())}
-    made = [lambda name=name, w=w: pumice_ways(name, w, x.bfloat16()) for name, w in layers.items()]
+    x = torch.randn(rows, SIZE).bfloat16()
+    dense = pack(torch.randn(SIZE, SIZE).bfloat16(), "dense")
+    control = {**torch_int8(rows), **matvec.ways(dense, rows, COLD_BYTES, "bf16, dense")}
+    made = [lambda name=name, w=w: ours(name, w, rows) for name, w in layers.items()]
     lines: list[dict[str, Any]] = []
     turns = common.in_turns(control, made, ROUNDS)
     for samples in turns:
@@ -117,7 +94,7 @@ def layer(rows: int, layers: dict[str, Packed]) -> list[dict[str, Any]]:
             line |= {f"of {kind}": round(value / ms, 2) for kind, value in best.items()}
             if name in layers:
                 run = dispatch.get("linear", layers[name].layout, backend).prepare(layers[name], None)
-                line["error"] = error(lambda run=run: run(x.bfloat16()), layers[name], x.bfloat16())
+                line["error"] = error(run(x), layers[name], x)
             lines.append(line)
             print(rows, line, flush=True)
     return lines

@@ -57,10 +57,12 @@ def rotation(packed: Packed, backend: dispatch.Backend, x: Tensor, cold: int) ->
     return common.rotated([backend.prepare(one, None) for one in copies], x)
 
 
-def ways(packed: Packed, rows: int, cold: int, case: str) -> dict[tuple[str, str], Callable[[], Tensor]]:
-    """Every backend that runs the layer, each with copies of its own, by (case, backend)."""
+def ways(
+    packed: Packed, rows: int, cold: int, case: str, activations: str | None = None
+) -> dict[tuple[str, str], Callable[[], Tensor]]:
+    """Every backend that runs the layer, each with copies of its own, by (case, backend); x may be rounded to `activations`."""
     x = torch.randn(rows, packed.shape[1]).to(packed.dtype)
-    call = Call("linear", packed.layout, packed.dtype, "cpu", rows, packed.shape, packed.params)
+    call = Call("linear", packed.layout, packed.dtype, "cpu", rows, packed.shape, packed.params, activations)
     wanted = [b for b, reason in dispatch.candidates(call) if reason is None and b.name not in SKIPPED]
     return {(case, backend.name): rotation(packed, backend, x, cold) for backend in wanted}
 

@@ -73,6 +73,12 @@ def poisoned(one_thread):
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def measured_here(one_thread, monkeypatch, tmp_path):
+    """What `pack` measures is kept for this test alone."""
+    monkeypatch.setenv("PUMICE_CACHE", str(tmp_path))
+
+
 @pytest.fixture(params=ISAS)
 def isa(request, one_thread):
     """Each instruction set in turn; one that this machine lacks is skipped with the reason."""

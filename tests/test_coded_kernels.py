@@ -208,7 +208,7 @@ def test_many_rows_in_bytes(dtype):
                 run_many(matrix(layout, o, i, dtype, CODINGS[0], density))
 
 
-@needs_bytes
+@needs_native
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     ("r", "c"), [(16, 32), (4, 16), (32, 16), (2, 64), (3, 5), (1, 16), (32, 1), (8, 128), (6, 32), (9, 102), (64, 64)]
@@ -258,6 +258,25 @@ def test_x_is_rounded_only_where_that_is_asked_for_and_bytes_are_multiplied():
         assert "AVX-512 VNNI" in str(found["bytes"])
         assert "AVX-512 VNNI" in str(found["pairs"])
         assert found["panel"] is None
+
+
+@needs_bytes
+def test_sums_follow_positions_that_change_in_place():
+    # The same integers in other rows: what was derived from them before must not be found again.
+    packed = matrix("int8-bitmask", 2, 64, torch.bfloat16, CODINGS[0])
+    x = torch.randn(9, 64).bfloat16()
+    for name in ("pairs", "bytes"):
+        dispatch.get("linear", "int8-bitmask", name).prepare(packed, None)(x)
+        packed.tensors["bitmask"].copy_(packed.tensors["bitmask"].flip(0))
+        again = dispatch.get("linear", "int8-bitmask", name).prepare(packed, None)(x)
+        (check if name == "pairs" else check_rounded)(again, x, packed, torch.zeros(2).bfloat16())
+
+
+@needs_bytes
+def test_what_is_kept_beside_integers_counts_once():
+    packed = matrix("int8-nm", 32, 64, torch.bfloat16, CODINGS[0])
+    kept = {dispatch.get("linear", "int8-nm", name).extra for name in ("decode", "pairs", "bytes", "panel")}
+    assert [extra(packed) for extra in kept] == [32 * (64 // 8 + 8 + 4)]
 
 
 @needs_bytes

@@ -2,7 +2,6 @@
 
 import copy
 import io
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,18 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import pumice
-from pumice.core.calls import tensors
 from pumice.core.errors import PumiceError
 from pumice.engine import convolve, layer_timing, verdicts
 from pumice.kernels import reference
 from pumice.weights.modules import SparseConv2d, SparseLinear
 from tests.test_kernels import needs_native
 
-
-@pytest.fixture(autouse=True)
-def measured_here(one_thread, monkeypatch, tmp_path):
-    """What is measured is kept for this test alone."""
-    monkeypatch.setenv("PUMICE_CACHE", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("measured_here")
 
 
 class Net(nn.Module):
@@ -51,6 +45,19 @@ class Net(nn.Module):
         x = self.bn4(x) + x
         x = F.relu(self.conv5(x))
         return self.head(self.last(x - 0.1).mean((2, 3)))
+
+
+class Branching(nn.Module):
+    """A convolution, norm and ReLU, joined by a function of the test."""
+
+    def __init__(self, join):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()
+        self.other = nn.BatchNorm2d(4)
+        self.join = join
+
+    def forward(self, x):
+        return self.join(self, x)
 
 
 def lively(model, density=0.3):
@@ -381,130 +388,6 @@ def test_what_the_caller_and_the_model_hold_is_not_overwritten(way):
     assert torch.equal(x, given)
     assert torch.equal(packed.scale, net.scale)
     assert torch.equal(packed.shift, net.shift)
-
-
-class Branching(nn.Module):
-    """A convolution, norm and ReLU, joined by a function of the test."""
-
-    def __init__(self, join):
-        super().__init__()
-        self.conv, self.bn, self.relu = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()
-        self.other = nn.BatchNorm2d(4)
-        self.join = join
-
-    def forward(self, x):
-        return self.join(self, x)
-
-
-def kept_before_the_norm(m, x):
-    y = m.conv(x)
-    return m.relu(m.bn(y)), y
-
-
-def viewed_before_the_norm(m, x):
-    y = m.conv(x)
-    return m.relu(m.bn(y)) + y.mT.mT
-
-
-def data_before_the_relu(m, x):
-    y = m.bn(m.conv(x))
-    return m.relu(y) - y.data
-
-
-def two_norms(m, x):
-    y = m.conv(x)
-    return m.relu(m.bn(y)) + m.other(y)
-
-
-def two_norms_by_keyword(m, x):
-    y = m.conv(x)
-    return m.relu(m.bn(y)) + m.other(input=y)
-
-
-def all_by_keyword(m, x):
-    return m.relu(input=m.bn(input=m.conv(input=x)))
-
-
-def changed_in_place(m, x):
-    y = m.conv(x)
-    y += 1
-    return m.relu(m.bn(y))
-
-
-def copied_then_changed(m, x):
-    y = m.bn(m.conv(x))
-    z = y.clone()
-    return F.relu_(y) + m.relu(z)
-
-
-def read_again_later(m, x):
-    y = m.conv(x)
-    z = m.relu(y)
-    return z + m.bn(y)
-
-
-def read_as_a_slice(m, x):
-    y = m.conv(x)
-    part = y[:, :2]
-    return m.relu(m.bn(y))[:, :2] + part
-
-
-def in_a_list(m, x):
-    y = m.conv(x)
-    return torch.cat([m.relu(m.bn(y)), y], 1)
-
-
-@dataclass
-class Both:
-    """An output that is no tuple and no mapping."""
-
-    first: torch.Tensor
-    second: torch.Tensor
-
-
-def in_an_object(m, x):
-    y = m.conv(x)
-    return Both(m.relu(m.bn(y)), y)
-
-
-def in_an_object_before_the_relu(m, x):
-    y = m.bn(m.conv(x)) * 2
-    return Both(m.relu(y), y)
-
-
-@torch.jit.script
-def doubled(y):
-    return y * 2
-
-
-def read_by_a_script(m, x):
-    y = m.conv(x)
-    return m.relu(m.bn(y)), doubled(y)
-
-
-def relu_before_the_convolution(m, x):
-    return m.bn(m.conv(m.relu(x * 2)))
-
-
-JOINS = (
-    kept_before_the_norm, viewed_before_the_norm, data_before_the_relu, two_norms, two_norms_by_keyword, all_by_keyword,
-    changed_in_place, copied_then_changed, read_again_later, read_as_a_slice, in_a_list, in_an_object,
-    in_an_object_before_the_relu, read_by_a_script, relu_before_the_convolution,
-)  # fmt: skip
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("join", JOINS)
-def test_only_what_nothing_else_reads_is_fused(join, monkeypatch):
-    clock("torch", monkeypatch)
-    net = lively(Branching(join))
-    x = torch.randn(2, 3, 7, 6)
-    packed = pumice.pack(copy.deepcopy(net), example=x, progress=False)
-    ours, theirs = packed(x), net(x)
-    if isinstance(ours, Both):
-        ours, theirs = vars(ours), vars(theirs)
-    for a, b in zip(tensors(ours), tensors(theirs), strict=True):
-        agree(a, b)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from pumice.core import dispatch
 from pumice.core.errors import PumiceError
-from pumice.kernels import cpu_backend, features, ops, reference
+from pumice.kernels import cpu_backend, features, ops, planned, reference
 from pumice.weights.layouts import base
 from tests.conftest import ISAS, ROOT
 
@@ -211,7 +211,7 @@ def test_as_many_threads_as_torch_has_give_the_same_bits(isa, layout, dtype):
 
 @needs_native
 def test_panel_of_many_slices_and_float16(monkeypatch, isa):
-    monkeypatch.setattr(cpu_backend, "PANEL_BYTES", 1)
+    monkeypatch.setattr(planned, "PANEL_BYTES", 1)
     for layout in ("bitmask", "block", "nm"):
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             packed = matrix(layout, 200, 64, dtype)

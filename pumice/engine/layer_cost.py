@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pumice.core.errors import PumiceError
 from pumice.core.view import WeightView
-from pumice.engine.pack import COLD_BYTES, Asked, verdict_of
+from pumice.engine.pack import COLD_BYTES
+from pumice.engine.verdicts import Asked, verdict_of
 from pumice.prune.allocate.base import Cost
 from pumice.weights.layouts.base import pack as pack_as
 from pumice.weights.modules import SparseLinear, sparse_twin

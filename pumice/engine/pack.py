@@ -6,7 +6,7 @@ import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,8 +20,9 @@ from pumice.engine import verdicts
 from pumice.engine.conv_sites import Site, look
 from pumice.engine.convolve import Packing, pack_others, pack_site, unfuse_convolutions
 from pumice.engine.fuse import fuse, unfuse
-from pumice.engine.layer_timing import Timing, Verdict, measure
+from pumice.engine.layer_timing import Timing, Verdict
 from pumice.engine.pages import gather_weights
+from pumice.engine.verdicts import Asked
 from pumice.weights.grid import Coding, kept
 from pumice.weights.layouts.base import LayoutRefused, Packed, pack_smallest, repack
 from pumice.weights.layouts.base import pack as pack_as
@@ -139,11 +140,11 @@ def pack(
     budget = min(COLD_BYTES, sum(packed.dense_nbytes for _, _, packed in jobs))
     measured: dict[Any, list[Verdict]] = {}
     choices: list[LayerChoice] = []
+    asked = Asked(rows, budget, remeasure, activations)
     with bar(len(jobs) + len(sites), "pack", enabled=progress, unit="layer") as shown, torch.no_grad():
         for name, module, packed in jobs:
             wanted = _as_integers(name, module, packed, coding)
-            known = measured.setdefault(_signature(wanted), [])
-            asked = Asked(rows, budget, remeasure, activations)
+            known = measured.setdefault(verdicts.kind_of(wanted), [])
             choice, new = _fastest(name, module, packed, wanted, known, asked)
             choices.append(choice)
             if new is not module:
@@ -254,7 +255,7 @@ def _convolution_choice(site: Site, packing: Packing) -> LayerChoice:
     return LayerChoice(
         site.name,
         packed.shape,
-        _density(packed),
+        packed.nonzero_share,
         packed.layout,
         packed.params,
         verdict.backends,
@@ -293,12 +294,11 @@ def _dense_choice(view: WeightView, reason: str) -> LayerChoice:
 
 
 def _state(name: str, module: nn.Module, packed: Packed) -> LayerChoice:
-    density = _density(packed)
     reason = "as stored; not measured on this machine yet" if isinstance(module, SparseLinear) else "an ordinary layer"
     return LayerChoice(
         name,
         packed.shape,
-        density,
+        packed.nonzero_share,
         packed.layout,
         packed.params,
         {},
@@ -308,40 +308,6 @@ def _state(name: str, module: nn.Module, packed: Packed) -> LayerChoice:
         packed.dense_nbytes,
         reason,
     )
-
-
-def _density(packed: Packed) -> float:
-    return float((packed.numbers != 0).sum()) / max(1, packed.shape[0] * packed.shape[1])
-
-
-def _signature(packed: Packed) -> Any:
-    """Layers that may share one measurement."""
-    kind = tuple(sorted(packed.params.items()))
-    return packed.shape, packed.dtype, packed.layout, kind, round(_density(packed) * 40)
-
-
-class Asked(NamedTuple):
-    """What a layer is timed for."""
-
-    rows: Sequence[int]
-    budget: int
-    """Bytes that copies of the layer are rotated through, so that its weights come from memory."""
-    remeasure: bool = False
-    activations: str | None = None
-
-
-def verdict_of(packed: Packed, asked: Asked, attempt: int = 0) -> Verdict:
-    """How one layer runs fastest here, measured, or recalled from an earlier measurement in the same circumstances.
-
-    `attempt` counts the verdicts on such layers that this one could not follow.
-    """
-    more = [asked.activations] if asked.activations else []
-    key = (*_signature(packed), tuple(asked.rows), asked.budget, *more, *([attempt] if attempt else []))
-    found = None if asked.remeasure else verdicts.recall(key)
-    if found is None:
-        found = measure(packed, asked.rows, asked.budget, asked.activations)
-        verdicts.remember(key, found)
-    return found
 
 
 def _fastest(
@@ -356,12 +322,12 @@ def _fastest(
     for verdict in known:
         with suppress(LayoutRefused):
             return followed(verdict)
-    known.append(verdict_of(wanted, asked, len(known)))
+    known.append(verdicts.verdict_of(wanted, asked, len(known)))
     try:
         return followed(known[-1])
     except LayoutRefused:
         # What was kept on disk came from another model.
-        known[-1] = verdict_of(wanted, asked._replace(remeasure=True), len(known) - 1)
+        known[-1] = verdicts.verdict_of(wanted, asked._replace(remeasure=True), len(known) - 1)
         return followed(known[-1])
 
 
@@ -386,7 +352,7 @@ def _apply(
     choice = LayerChoice(
         name,
         packed.shape,
-        _density(packed),
+        packed.nonzero_share,
         verdict.layout,
         verdict.params,
         {rows: verdict.backends[rows] for rows in asked.rows},

@@ -10,13 +10,15 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from pumice.engine.layer_timing import Timing, Verdict
+from pumice.engine.layer_timing import Timing, Verdict, measure
 from pumice.kernels.features import machine_stamp, native_build
+from pumice.weights.layouts.base import Packed
 
 FORMAT = 3
 
@@ -69,3 +71,33 @@ def remember(signature: Any, verdict: Verdict) -> None:
     except OSError:
         with suppress(OSError):
             partial.unlink()
+
+
+def kind_of(packed: Packed) -> Any:
+    """The same for layers that may share one measurement."""
+    params = tuple(sorted(packed.params.items()))
+    return packed.shape, packed.dtype, packed.layout, params, round(packed.nonzero_share * 40)
+
+
+class Asked(NamedTuple):
+    """What a layer is timed for."""
+
+    rows: Sequence[int]
+    budget: int
+    """Bytes that copies of the layer are rotated through, so that its weights come from memory."""
+    remeasure: bool = False
+    activations: str | None = None
+
+
+def verdict_of(packed: Packed, asked: Asked, attempt: int = 0) -> Verdict:
+    """How one layer runs fastest here, measured, or recalled from an earlier measurement in the same circumstances.
+
+    `attempt` counts the verdicts on such layers that this one could not follow.
+    """
+    more = [asked.activations] if asked.activations else []
+    key = (*kind_of(packed), tuple(asked.rows), asked.budget, *more, *([attempt] if attempt else []))
+    found = None if asked.remeasure else recall(key)
+    if found is None:
+        found = measure(packed, asked.rows, asked.budget, asked.activations)
+        remember(key, found)
+    return found

@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import ctypes
 import sys
-import threading
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pumice.core.dispatch import Backend, Call, Run, limits, register
 from pumice.core.errors import PumiceError
 from pumice.kernels.derived import derived
+from pumice.kernels.planned import panel, streamed
 from pumice.weights.layouts.base import Packed
 
 try:
@@ -44,7 +43,6 @@ INT8 = ("int8", "int8-bitmask", "int8-nm", "int8-block")
 PAIRS_FROM = 5
 """Rows from which integers of eight bits run faster as pairs of bytes of x with many rows at once."""
 DECODE_GROUPS = (16, 32)
-PANEL_BYTES = 4 << 20
 CODES = {torch.bfloat16: 0, torch.float32: 1, torch.float16: 2}
 PRODUCTS = (torch.bfloat16, torch.float32)
 MOST_BYTE_COLUMNS = 65536
@@ -138,22 +136,23 @@ def nm_bitmask(codes: Tensor, width: int, n: int, m: int) -> Tensor:
 
 
 def row_sums(packed: Packed) -> Tensor:
-    """The sum of each row's integers, int32 [O], of a layout of int8, kept while the integers live."""
+    """The sum of each row's integers, int32 [O], of a layout of int8, kept while what it stores lives and is unchanged."""
     values, outputs = packed.tensors["values"], packed.shape[0]
+    where = packed.tensors.get("row_starts", packed.tensors.get("bitmask"))
 
     def make() -> Tensor:
-        if packed.layout == "int8-block":
-            starts, of_numbers = packed.tensors["row_starts"].long(), values.sum(-1, dtype=torch.int32)
-        elif packed.layout == "int8-bitmask":
-            starts, of_numbers = row_starts(packed.tensors["bitmask"], packed.shape[1]), values
-        else:
+        if where is None:
             return values.view(outputs, -1).sum(1, dtype=torch.int32)
+        if packed.layout == "int8-block":
+            starts, of_numbers = where.long(), values.sum(-1, dtype=torch.int32)
+        else:
+            starts, of_numbers = row_starts(where, packed.shape[1]), values
         if starts[-1] != len(values):
             raise ValueError(f"{len(values)} values are stored for {int(starts[-1])} places")
         before = of_numbers.new_zeros(1, *of_numbers.shape[1:], dtype=torch.int64)
         return torch.cat([before, of_numbers.cumsum(0)])[starts].diff(dim=0).flatten().int()
 
-    return derived((values,), make)
+    return derived((values,) if where is None else (values, where), make)
 
 
 def _as_bitmask(packed: Packed) -> Packed:
@@ -203,16 +202,21 @@ class Plan:
                 head = (values.data_ptr(), values.numel(), stored["bitmask"].data_ptr(), starts.data_ptr())
                 self.handle = native.plan_bitmask(*head, *common, CODES[packed.dtype])
             else:
-                head = (
-                    values.data_ptr(),
-                    values.shape[0],
-                    stored["columns"].data_ptr(),
-                    stored["row_starts"].data_ptr(),
-                )
-                size = packed.params["r"], packed.params["c"]
-                self.handle = native.plan_block(*head, *common, *size, CODES[packed.dtype])
+                self.handle = self._blocks(packed, stored, common)
         except ValueError as error:
             raise PumiceError(f"layout={packed.layout!r} of shape {packed.shape} is damaged: {error}.") from None
+
+    def _blocks(
+        self,
+        packed: Packed,
+        stored: dict[str, Tensor],
+        common: tuple[int, int, int],
+        coded: Sequence[Tensor | None] = (None, None),
+    ) -> Any:
+        """The handle of blocks of numbers, or of integers with `coded`, their scales and their rows' sums."""
+        values, size = stored["values"], (packed.params["r"], packed.params["c"])
+        where = [0 if t is None else t.data_ptr() for t in (stored["columns"], stored["row_starts"], *coded)]
+        return native.plan_block(values.data_ptr(), values.shape[0], *where, *common, *size, CODES[packed.dtype])
 
     def _coded(
         self, packed: Packed, stored: dict[str, Tensor], common: tuple[int, int, int], sums_O: Tensor | None
@@ -229,88 +233,11 @@ class Plan:
         self.keep += [scales, starts, sums_O]
         if scales.numel() != (count if group else packed.shape[0]):
             raise ValueError(f"{scales.numel()} scales are stored")
-        sums = 0 if sums_O is None else sums_O.data_ptr()
         if packed.layout == "int8-block":
-            blocks = (numbers, stored["columns"], stored["row_starts"], scales)
-            where, size = [tensor.data_ptr() for tensor in blocks], (packed.params["r"], packed.params["c"])
-            where.insert(1, numbers.shape[0])
-            return native.plan_byte_block(*where, sums, *common, *size, CODES[packed.dtype])
+            return self._blocks(packed, stored, common, (scales, sums_O))
+        sums = 0 if sums_O is None else sums_O.data_ptr()
         where = [0 if tensor is None else tensor.data_ptr() for tensor in (mask, starts, scales, zeros)]
         return native.plan_coded(numbers.data_ptr(), count, *where, *common, group, CODES[packed.dtype], sums)
-
-
-class Planned(Protocol):
-    """A stored matrix that is ready to run: the kernels' handle, which points into what the plan keeps."""
-
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    handle: Any
-
-
-def _misfit(x_RI: Tensor, plan: Planned) -> PumiceError:
-    return PumiceError(
-        f"x is {tuple(x_RI.shape)} {x_RI.dtype} on {x_RI.device}: this layer takes [rows, {plan.shape[1]}] {plan.dtype} on cpu."
-    )
-
-
-def streamed(plan: Planned, product: Callable[..., None], *more: int) -> Run:
-    """`run(x_RI) -> y_RO` by the kernel `product(handle, x, rows, y, *more, threads)`, with contiguous x and y."""
-    handle, dtype = plan.handle, plan.dtype
-    (outputs, inputs), keep = plan.shape, plan
-    empty: Callable[..., Tensor] = torch.empty
-    threads = torch.get_num_threads
-
-    def run(x_RI: Tensor) -> Tensor:
-        rows, width = x_RI.shape
-        if width != inputs or x_RI.dtype is not dtype or not x_RI.is_cpu:
-            raise _misfit(x_RI, keep)
-        if not x_RI.is_contiguous():
-            x_RI = x_RI.contiguous()
-        y_RO = empty((rows, outputs), dtype=dtype)
-        product(handle, x_RI.data_ptr(), rows, y_RO.data_ptr(), *more, threads())
-        return y_RO
-
-    return run
-
-
-_local = threading.local()
-
-
-def _buffer(rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """The calling thread's panel [rows, width], reused by all layers."""
-    buffers: dict[torch.dtype, Tensor] = _local.__dict__.setdefault("buffers", {})
-    if dtype not in buffers or buffers[dtype].numel() < rows * width:
-        with torch.inference_mode(False):
-            buffers[dtype] = torch.empty(rows * width, dtype=dtype)
-    return buffers[dtype][: rows * width].view(rows, width)
-
-
-def panel(plan: Planned, bias: Tensor | None, granule: int = 1, expand: Callable[..., None] | None = None) -> Run:
-    """`run(x_RI) -> y_RO` that expands some output rows at a time, a multiple of `granule`, and multiplies them densely."""
-    handle, dtype, keep = plan.handle, plan.dtype, plan
-    write: Callable[..., None] = native.expand if expand is None else expand
-    outputs, inputs = plan.shape
-    height = max(PANEL_BYTES // max(inputs * dtype.itemsize, 1), 64)
-    height = min(-(-height // granule) * granule, outputs)
-    bias_O = None if bias is None else bias.detach().to(dtype)
-    slices = [(a, min(a + height, outputs)) for a in range(0, outputs, height)] if height else []
-
-    def run(x_RI: Tensor) -> Tensor:
-        if x_RI.shape[1] != inputs or x_RI.dtype is not dtype or not x_RI.is_cpu:
-            raise _misfit(x_RI, keep)
-        threads, w_PI = torch.get_num_threads(), _buffer(height, inputs, dtype)
-        address = w_PI.data_ptr()
-        if len(slices) == 1:
-            write(handle, 0, outputs, address, threads)
-            return F.linear(x_RI, w_PI, bias_O)
-        y_RO = torch.empty((x_RI.shape[0], outputs), dtype=dtype)
-        for begin, end in slices:
-            write(handle, begin, end, address, threads)
-            part_O = None if bias_O is None else bias_O[begin:end]
-            y_RO[:, begin:end] = F.linear(x_RI, w_PI[: end - begin], part_O)
-        return y_RO
-
-    return run
 
 
 def _refuse_decode(call: Call) -> str | None:
@@ -372,18 +299,17 @@ def _prepare_pairs(packed: Packed, bias: Tensor | None) -> Run:
 
 
 def _prepare_panel(packed: Packed, bias: Tensor | None) -> Run:
-    return panel(Plan(packed, None), bias, packed.params.get("r", 1))
+    return panel(Plan(packed, None), bias, native.expand, packed.params.get("r", 1))
 
 
 def _extra(packed: Packed) -> int:
-    """A mask and the rows' starts, where they are made from other positions; the rows' sums of blocks of integers."""
-    if packed.layout == "int8-block":
-        return packed.shape[0] * 4
-    return packed.shape[0] * (-(-packed.shape[1] // 8) + 8) if packed.layout in RUN_AS else 0
+    """A mask and the rows' starts, where they are made from other positions; of eight bits the rows' sums.
 
-
-def _extra_bytes(packed: Packed) -> int:
-    return _extra(packed) + (0 if packed.layout == "int8-block" else packed.shape[0] * 4)
+    One function for all backends, which share these, so that they count once; `decode` alone would need no sums.
+    """
+    sums = 4 if packed.layout in INT8 else 0
+    made = -(-packed.shape[1] // 8) + 8 if packed.layout in RUN_AS else 0
+    return packed.shape[0] * (made + sums)
 
 
 FEW, MANY = "C++: weights streamed once, few rows", "C++ expands some rows, then dense product"
@@ -397,5 +323,5 @@ register(Backend("blocks", "linear", "block", _refuse_blocks, _prepare_blocks, 2
 _PAIRS = "C++: integers times x in two bytes a number, many rows"
 _BYTES = "C++: integers times x rounded to eight bits a row, many rows"
 for _layout in INT8:
-    register(Backend("bytes", "linear", _layout, _refuse_bytes, _prepare_bytes, 28, _BYTES, _extra_bytes))
-    register(Backend("pairs", "linear", _layout, _refuse_pairs, _prepare_pairs, 25, _PAIRS, _extra_bytes))
+    register(Backend("bytes", "linear", _layout, _refuse_bytes, _prepare_bytes, 28, _BYTES, _extra))
+    register(Backend("pairs", "linear", _layout, _refuse_pairs, _prepare_pairs, 25, _PAIRS, _extra))

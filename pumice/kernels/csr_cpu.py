@@ -19,8 +19,9 @@ from torch import Tensor
 from pumice.core.dispatch import Backend, Call, Run, limits, register
 from pumice.core.errors import PumiceError
 from pumice.kernels import cpu_backend
-from pumice.kernels.cpu_backend import CODES, PRODUCTS, streamed
+from pumice.kernels.cpu_backend import CODES, PRODUCTS
 from pumice.kernels.derived import derived
+from pumice.kernels.planned import streamed
 from pumice.weights.layouts.base import Packed
 from pumice.weights.layouts.lanes import ROWS, Places, chunk_height
 from pumice.weights.layouts.tiles import EACH, TILE, CsrTiles

@@ -21,9 +21,10 @@ from pumice.core.decoder import PARTS, Decoder
 from pumice.core.dispatch import Backend, Call, Run, register
 from pumice.core.errors import PumiceError
 from pumice.kernels import cpu_backend
-from pumice.kernels.cpu_backend import CODED, CODES, DECODE_GROUPS, PRODUCTS, RUN_AS, Plan, Planned
+from pumice.kernels.cpu_backend import CODED, CODES, DECODE_GROUPS, PRODUCTS, RUN_AS, Plan
 from pumice.kernels.csr_cpu import IN_TILES, TilePlan
 from pumice.kernels.lanes_cpu import LAYOUTS, LanePlan
+from pumice.kernels.planned import Planned
 
 # Threads wait for each other at every step, so all pieces have to run at once, as a loop of OpenMP runs them; tasks in a queue
 # may not.

@@ -17,8 +17,8 @@ from torch import Tensor
 from pumice.core.dispatch import Backend, Call, Run, limits, register
 from pumice.core.errors import PumiceError
 from pumice.kernels import cpu_backend
-from pumice.kernels.cpu_backend import streamed
 from pumice.kernels.derived import derived
+from pumice.kernels.planned import panel, streamed
 from pumice.weights.layouts.base import Packed
 from pumice.weights.layouts.lanes import ROWS, Lanes, Places, SparseLanes
 
@@ -100,7 +100,7 @@ def _prepare_few(packed: Packed, bias: Tensor | None) -> Run:
 
 def _prepare_many(packed: Packed, bias: Tensor | None) -> Run:
     plan = LanePlan(packed, None)
-    return cpu_backend.panel(plan, bias, plan.height, cpu_backend.native.expand_lanes)
+    return panel(plan, bias, cpu_backend.native.expand_lanes, plan.height)
 
 
 FEW, MANY = "C++: sixteen rows side by side, bytes in fours, few rows", "C++ expands some rows, then dense product"

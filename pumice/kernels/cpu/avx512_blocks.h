@@ -54,7 +54,10 @@ struct Blocks512 {
 
   static Reg zero() { return _mm512_setzero_ps(); }
   static void put(float* p, Reg r, bool add) { _mm512_storeu_ps(p, add ? _mm512_add_ps(_mm512_loadu_ps(p), r) : r); }
-  static void fetch(const T* p, int64_t n) { pumice::fetch(p, n); }
+  template <class W>
+  static void fetch(const W* p, int64_t n) {
+    pumice::fetch(p, n);
+  }
 
   static void store(const Matrix& w, int64_t o, int64_t outputs, const float* sums, const Panel& x, int64_t, int64_t rows,
                     T* y) {

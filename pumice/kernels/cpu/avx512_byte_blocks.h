@@ -21,31 +21,23 @@ void round_to_bytes(const void* from, int64_t I, int64_t begin, int64_t end, con
     int8_t* high = rows.bytes + row * rows.each * rows.stride;
     for (int64_t i = 0; i < rows.stride; i += 16) {
       const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(load16(first16(I - i), x + i), scale));
-      if (rows.each == 1) {
+      if (rows.each == 2)
+        put_bytes(q, high + i, high + rows.stride + i);
+      else
         _mm_storeu_si128((__m128i*)(high + i), _mm512_cvtepi32_epi8(q));
-        continue;
-      }
-      // To the nearest multiple of 256, so that what is left has eight bits with a sign.
-      const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
-      _mm_storeu_si128((__m128i*)(high + i), _mm512_cvtepi32_epi8(upper));
-      _mm_storeu_si128((__m128i*)(high + rows.stride + i), _mm512_cvtepi32_epi8(q));
     }
   }
 }
 
 template <class Value>
-struct ByteBlocks512 {
+struct ByteBlocks512 : Blocks512<Value> {
   typedef int8_t T;
   typedef Value Y;
   typedef __m512i Reg;
-  static constexpr int64_t kLanes = 16, kTall = 48, kWidth = 64;
-  static constexpr int64_t kMost = 8;
   static constexpr int64_t kColumns = 4, kWords = 1;
-  static constexpr int registers(int64_t m) { return m == 8 ? 3 : 4; }
 
   static Reg zero() { return _mm512_setzero_si512(); }
   static void put(float* p, Reg r, bool add) { _mm512_storeu_si512(p, add ? _mm512_add_epi32(_mm512_loadu_si512(p), r) : r); }
-  static void fetch(const T* p, int64_t n) { pumice::fetch(p, n); }
 
   template <int M, int N, bool kWhole>
   static inline void step(Reg (*acc)[N], const T* p, int64_t c, const uint32_t* x, int64_t) {
@@ -84,17 +76,16 @@ struct ByteBlocks512 {
   static void fill(const Matrix& w, int64_t begin, int64_t end, const int8_t* bytes, int64_t stride, int64_t rows,
                    int64_t width, uint32_t* words) {
     const __m512i up = _mm512_set1_epi8((char)128);
-    const int64_t c = w.columns ? w.c : w.I;
-    if (c % kColumns == 0 || c == w.I) {
+    if (w.c % kColumns == 0 || w.c == w.I) {
       const auto load = [bytes, stride, up](int64_t row, int64_t word, __mmask16 inside) {
         return _mm512_xor_si512(up, _mm512_maskz_loadu_epi32(inside, bytes + row * stride + 4 * word));
       };
       return fill_by_turning(load, begin, end, rows, width, words);
     }
-    const int64_t of_block = (c + kColumns - 1) / kColumns;
+    const int64_t of_block = steps_of_block<ByteBlocks512>(w);
     for (int64_t s = begin; s < end; ++s) {
-      const int64_t within = s % of_block * kColumns, left = c - within < kColumns ? c - within : kColumns;
-      const int8_t* from = bytes + s / of_block * c + within;
+      const int64_t within = s % of_block * kColumns, left = w.c - within < kColumns ? w.c - within : kColumns;
+      const int8_t* from = bytes + s / of_block * w.c + within;
       for (int64_t r = 0; r < width; ++r) words[s * width + r] = 0x80808080u ^ (r < rows ? word_of(from + r * stride, left) : 0);
     }
   }

@@ -24,6 +24,14 @@ inline Unit unit_of(const X* x, int64_t I, float steps) {
   return top > 1e-30f ? Unit{top / steps, steps / top} : Unit{0.0f, 0.0f};
 }
 
+// Sixteen numbers of sixteen bits as their higher and their lower bytes: to the nearest multiple of 256, so that what is left
+// has eight bits with a sign.
+inline void put_bytes(__m512i q, void* high, void* low) {
+  const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
+  _mm_storeu_si128((__m128i*)high, _mm512_cvtepi32_epi8(upper));
+  _mm_storeu_si128((__m128i*)low, _mm512_cvtepi32_epi8(q));
+}
+
 void split_row(const BF16* x, int64_t I, uint8_t* row) {
   const Unit unit = unit_of(x, I, (float)ByteRow::kTop);
   memcpy(row, &unit.unit, 4);
@@ -31,11 +39,7 @@ void split_row(const BF16* x, int64_t I, uint8_t* row) {
   const int64_t padded = ByteRow::padded(I);
   uint8_t *high = row + ByteRow::kHigh, *low = row + ByteRow::low(I), *start = row + ByteRow::start(I);
   for (int64_t i = 0; i < padded; i += 16) {
-    const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(load16(first16(I - i), x + i), scale));
-    // To the nearest multiple of 256, so that what is left has eight bits with a sign.
-    const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
-    _mm_storeu_si128((__m128i*)(high + i), _mm512_cvtepi32_epi8(upper));
-    _mm_storeu_si128((__m128i*)(low + i), _mm512_cvtepi32_epi8(q));
+    put_bytes(_mm512_cvtps_epi32(_mm512_mul_ps(load16(first16(I - i), x + i), scale)), high + i, low + i);
   }
   const __m512i moved = _mm512_set1_epi8((char)128);
   for (int64_t begin = 0; begin < padded; begin += ByteRow::kStretch, start += 64) {

@@ -13,6 +13,7 @@ const int64_t kPanelBytes = 768 * 1024;          // of x transposed, which is re
 const int64_t kStepsPerThread = 64;              // transposed by one thread, at least
 const int64_t kRoundedPerThread = 32 * 1024;     // numbers of x rounded by one thread, at least
 const int64_t kWorkPerThread = 4 * 1024 * 1024;  // products below which another thread costs more than it gives
+const int64_t kStrip = 32;                       // rows of a matrix without blocks that are multiplied at once, as one block
 
 struct Job {
   const Matrix* w;
@@ -53,27 +54,25 @@ void product_pieces(int64_t first, int64_t last, void* context) {
   }
 }
 
-constexpr int64_t kTogether = 32;  // rows of a matrix without blocks that are multiplied at once, as one block
-
-// Integers that are no blocks: some rows at a time are one, after those left out were written out as zeros.
+// Integers that are no blocks: strips of rows are multiplied as blocks, after what is left out was written out as zeros.
 void row_pieces(int64_t first, int64_t last, void* context) {
   Job& job = *(Job*)context;
   const Matrix& w = *job.w;
   const int32_t none = 0, one[2] = {0, 1};
-  const int64_t strips = (w.O + kTogether - 1) / kTogether;
-  char* spare = w.mask ? (char*)scratch(0, (size_t)(kTogether * w.I + kSpareRows * (w.I + 64))) : nullptr;
+  const int64_t strips = (w.O + kStrip - 1) / kStrip;
+  char* spare = w.mask ? (char*)scratch(0, (size_t)(kStrip * w.I + kSpareRows * (w.I + 64))) : nullptr;
   if (w.mask && !spare) {
     job.out_of_memory = true;
     return;
   }
   Matrix rows = w;
-  rows.mask = nullptr, rows.starts = nullptr, rows.columns = &none, rows.block_starts = one, rows.c = w.I;
+  rows.mask = nullptr, rows.starts = nullptr, rows.columns = &none, rows.block_starts = one;
   for (int64_t strip = strips * first / job.pieces; strip < strips * last / job.pieces; ++strip) {
-    const int64_t o = strip * kTogether;
-    rows.r = std::min(kTogether, w.O - o);
+    const int64_t o = strip * kStrip;
+    rows.r = std::min(kStrip, w.O - o);
     rows.values = (const int8_t*)w.values + o * w.I;
     if (w.mask) {
-      job.rounding->expand(w, o, o + rows.r, (int8_t*)spare, spare + kTogether * w.I);
+      job.rounding->expand(w, o, o + rows.r, (int8_t*)spare, spare + kStrip * w.I);
       rows.values = spare;
     }
     rows.sums = w.sums + o, rows.bias = w.bias ? w.bias + o : nullptr;
@@ -88,11 +87,11 @@ int64_t piece_count(int64_t work, int64_t least, int64_t threads) {
 
 // A job for panels of `rows` rows in all, as many together as the cache has room for; their number, or 0 when memory ran out.
 int64_t lay_out(Job* job, int64_t rows) {
+  const Matrix& w = *job->w;
   const BlockPanels& k = *job->kernels;
-  const int64_t I = job->w->I, c = job->w->columns ? job->w->c : I, r = job->w->columns ? job->w->r : kTogether;
-  job->steps = I / c * ((c + k.columns - 1) / k.columns);
+  job->steps = w.I / w.c * ((w.c + k.columns - 1) / k.columns);
   // Panels of about the same width.
-  const int64_t most = r >= k.tall ? k.width_tall : k.width, all = (rows + most - 1) / most;
+  const int64_t most = w.r >= k.tall ? k.width_tall : k.width, all = (rows + most - 1) / most;
   job->panel.width = ((rows + all - 1) / all + k.lanes - 1) / k.lanes * k.lanes;
   const int64_t size = job->steps * k.words * job->panel.width * (int64_t)sizeof(uint32_t);
   const int64_t panels = std::max<int64_t>(1, std::min(kPanelBytes / std::max<int64_t>(size, 1), all));
@@ -126,8 +125,11 @@ bool run_blocks(const Matrix& w, const Kernels& kernels, const void* x, int64_t 
   return true;
 }
 
-bool run_bytes(const Matrix& w, const BytePanels& kernels, const void* x, int64_t rows, void* y, int each, int64_t threads) {
-  if (rows == 0 || w.O == 0) return true;
+bool run_bytes(const Matrix& stored, const BytePanels& kernels, const void* x, int64_t rows, void* y, int each,
+               int64_t threads) {
+  if (rows == 0 || stored.O == 0) return true;
+  Matrix w = stored;
+  if (!w.columns) w.r = kStrip, w.c = w.I;
   Job job = {};
   job.w = &w, job.kernels = &kernels.panels, job.panel.each = each, job.rounding = &kernels;
   const int64_t together = lay_out(&job, rows * each) / each, stride = (w.I + 63) / 64 * 64;

@@ -113,8 +113,7 @@ inline void walk_rows(const Matrix& w, Stretch part, int64_t rows, const uint32_
 
 template <class Isa>
 inline int64_t panel_steps(const Matrix& w) {
-  const int64_t c = w.columns ? w.c : w.I;
-  return w.I / c * ((c + Isa::kColumns - 1) / Isa::kColumns);
+  return w.I / w.c * steps_of_block<Isa>(w);
 }
 
 template <class Isa>

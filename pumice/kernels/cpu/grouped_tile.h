@@ -295,19 +295,14 @@ inline void columns_direct(const Part<V>& p, int64_t o, int64_t count, float* su
   }
 }
 
-template <class V>
-inline void columns_packed(const Part<V>& p, int64_t o, int64_t count, float* sums) {
-  constexpr int64_t kTile = V::kV * V::kWidth;
+// Tiles of kV * kWidth outputs in columns mode, packed by `pack(i, n, c)`: inputs [i, i + n), outputs from c on.
+template <class V, class Pack>
+inline void tiles_packed(const Part<V>& p, int64_t count, float* sums, const Pack& pack) {
   const int64_t pass = even_pass(p.rows, V::kR);
   for (int64_t i = 0; i < p.I; i += V::kStretch / 2) {
     const int64_t n = p.I - i < V::kStretch / 2 ? p.I - i : V::kStretch / 2;
-    for (int64_t c = 0; c < count; c += kTile) {
-      typename V::Reg* to = p.w_pack;
-      const typename V::T* w = p.w + i * p.w_input + o + c;
-      for (int64_t k = 0; k < n; k += V::kStep, to += V::kV)
-        for (int s = 0; s < V::kV; s += V::kCross)
-          V::cross(w + k * p.w_input + s * V::kWidth, p.w_input, (int)(n - k < V::kStep ? n - k : V::kStep),
-                   count - c - s * V::kWidth, to + s);
+    for (int64_t c = 0; c < count; c += V::kV * V::kWidth) {
+      pack(i, n, c);
       for (int64_t r = 0; r < p.rows; r += pass) {
         const int width = (int)(p.rows - r < pass ? p.rows - r : pass);
         spreads_up_to<V, V::kV, V::kR, true>(width, nullptr, 0, p.w_pack, count - c, p.x + r, i, n,
@@ -317,42 +312,42 @@ inline void columns_packed(const Part<V>& p, int64_t o, int64_t count, float* su
   }
 }
 
-// The same where inputs lie side by side in w: its tiles are turned as they are packed, so that no sums need be added up across
-// lanes. Worth it where many rows meet them.
+template <class V>
+inline void columns_packed(const Part<V>& p, int64_t o, int64_t count, float* sums) {
+  tiles_packed(p, count, sums, [&p, o, count](int64_t i, int64_t n, int64_t c) {
+    typename V::Reg* to = p.w_pack;
+    const typename V::T* w = p.w + i * p.w_input + o + c;
+    for (int64_t k = 0; k < n; k += V::kStep, to += V::kV)
+      for (int s = 0; s < V::kV; s += V::kCross)
+        V::cross(w + k * p.w_input + s * V::kWidth, p.w_input, (int)(n - k < V::kStep ? n - k : V::kStep),
+                 count - c - s * V::kWidth, to + s);
+  });
+}
+
+// Rows mode as columns mode: w is turned as it is packed, so that no sums need be added up across lanes. Worth it where many
+// rows meet it.
 template <class V>
 inline void rows_turned(const Part<V>& p, int64_t o, int64_t count, float* sums) {
-  typedef typename V::Reg Reg;
-  constexpr int64_t kTile = V::kV * V::kWidth, kSteps = V::kLanes / V::kStep;
-  static_assert(kSteps == V::kWidth, "a square is turned");
-  const int64_t pass = even_pass(p.rows, V::kR);
-  for (int64_t i = 0; i < p.I; i += V::kStretch / 2) {
-    const int64_t n = p.I - i < V::kStretch / 2 ? p.I - i : V::kStretch / 2;
-    for (int64_t c = 0; c < count; c += kTile) {
-      for (int64_t s = 0; s < V::kV; ++s) {
-        const int64_t first = c + s * V::kWidth;
-        const typename V::T* w = p.w + (o + first) * p.w_output + i;
-        for (int64_t k = 0; k < n; k += V::kLanes) {
-          Reg r[V::kWidth];
-          PUMICE_UNROLL
-          for (int m = 0; m < V::kWidth; ++m) {
-            const bool there = first + m < count;
-            r[m] = !there               ? V::none()
-                   : n - k >= V::kLanes ? V::load(w + m * p.w_output + k)
-                                        : V::load(w + m * p.w_output + k, n - k);
-          }
-          V::turn(r);
-          Reg* to = p.w_pack + k / V::kStep * V::kV + s;
-          PUMICE_UNROLL
-          for (int q = 0; q < V::kWidth; ++q) to[q * V::kV] = r[q];
+  static_assert(V::kLanes == V::kStep * V::kWidth, "a square is turned");
+  tiles_packed(p, count, sums, [&p, o, count](int64_t i, int64_t n, int64_t c) {
+    for (int64_t s = 0; s < V::kV; ++s) {
+      const int64_t first = c + s * V::kWidth;
+      const typename V::T* w = p.w + (o + first) * p.w_output + i;
+      for (int64_t k = 0; k < n; k += V::kLanes) {
+        typename V::Reg r[V::kWidth];
+        PUMICE_UNROLL
+        for (int m = 0; m < V::kWidth; ++m) {
+          const typename V::T* from = w + m * p.w_output + k;
+          const bool there = first + m < count, whole = n - k >= V::kLanes;
+          r[m] = !there ? V::none() : whole ? V::load(from) : V::load(from, n - k);
         }
-      }
-      for (int64_t r = 0; r < p.rows; r += pass) {
-        const int width = (int)(p.rows - r < pass ? p.rows - r : pass);
-        spreads_up_to<V, V::kV, V::kR, true>(width, nullptr, 0, p.w_pack, count - c, p.x + r, i, n,
-                                             sums + r * kSumsStride + c, i > 0);
+        V::turn(r);
+        typename V::Reg* to = p.w_pack + k / V::kStep * V::kV + s;
+        PUMICE_UNROLL
+        for (int q = 0; q < V::kWidth; ++q) to[q * V::kV] = r[q];
       }
     }
-  }
+  });
 }
 
 template <class V>

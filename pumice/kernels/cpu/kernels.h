@@ -75,7 +75,7 @@ struct Panel {
 };
 
 // x in bytes, as blocks of int8 read it: `each` bytes a number (2: the largest magnitude of a row is 32639, its numbers are
-// 256 a + b; 1: it is 127), each byte from -127 to 127 in a row of its own, those of one row of x after each other.
+// 256 a + b; 1: it is 127), each byte with a sign and in a row of its own, those of one row of x after each other.
 struct ByteRows {
   int8_t* bytes;              // [rows * each, stride]
   int64_t stride, rows;       // rows of x

@@ -164,49 +164,34 @@ PyObject* plan_dense(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return plan_of(w, w.dtype);
 }
 
-// A plan of `blocks` blocks after its positions were checked.
-PyObject* plan_blocks(Matrix w, int64_t blocks) {
+// plan_block(values, blocks, columns, row_starts, scales or 0, sums or 0, bias or 0, O, I, r, c, dtype) -> plan
+// of blocks of numbers, or of int8 with a scale a row and the sum of each row's integers.
+PyObject* plan_block(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long v[12];
+  if (!integers(args, count, 12, v)) return nullptr;
+  Matrix w = {};
+  w.values = address<void>(v[0]), w.columns = address<int32_t>(v[2]), w.block_starts = address<int32_t>(v[3]);
+  w.scales = address<void>(v[4]), w.sums = address<int32_t>(v[5]), w.bias = address<float>(v[6]);
+  w.O = v[7], w.I = v[8], w.r = v[9], w.c = v[10], w.dtype = (int)v[11], w.coding = w.scales ? kInt8 : kNumbers;
+  if (w.coding == kInt8 && w.dtype > kF32) {
+    PyErr_SetString(PyExc_ValueError, "no product for float16");
+    return nullptr;
+  }
   static const int32_t none = 0;
   if (!w.columns) w.columns = &none;
   if (w.r < 1 || w.c < 1 || w.O % w.r || w.I % w.c) {
     PyErr_SetString(PyExc_ValueError, "blocks do not divide the matrix");
     return nullptr;
   }
-  w.count = blocks * w.r * w.c;
-  bool fits = w.block_starts[0] == 0 && w.block_starts[w.O / w.r] == blocks;
+  w.count = v[1] * w.r * w.c;
+  bool fits = w.block_starts[0] == 0 && w.block_starts[w.O / w.r] == v[1];
   for (int64_t row = 0; row < w.O / w.r; ++row) fits = fits && w.block_starts[row] <= w.block_starts[row + 1];
-  for (int64_t b = 0; fits && b < blocks; ++b) fits = w.columns[b] >= 0 && w.columns[b] < w.I / w.c;
+  for (int64_t b = 0; fits && b < v[1]; ++b) fits = w.columns[b] >= 0 && w.columns[b] < w.I / w.c;
   if (!fits) {
     PyErr_SetString(PyExc_ValueError, "columns or row_starts point outside of the matrix");
     return nullptr;
   }
   return plan_of(w, w.dtype);
-}
-
-// plan_block(values, blocks, columns, row_starts, bias or 0, O, I, r, c, dtype) -> plan
-PyObject* plan_block(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  long long v[10];
-  if (!integers(args, count, 10, v)) return nullptr;
-  Matrix w = {};
-  w.values = address<void>(v[0]), w.columns = address<int32_t>(v[2]), w.block_starts = address<int32_t>(v[3]);
-  w.bias = address<float>(v[4]), w.O = v[5], w.I = v[6], w.r = v[7], w.c = v[8], w.dtype = (int)v[9];
-  return plan_blocks(w, v[1]);
-}
-
-// plan_byte_block(values, blocks, columns, row_starts, scales, sums, bias or 0, O, I, r, c, dtype) -> plan
-// of blocks of int8 with a scale a row; `sums` are those of each row's integers.
-PyObject* plan_byte_block(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  long long v[12];
-  if (!integers(args, count, 12, v)) return nullptr;
-  Matrix w = {};
-  w.values = address<void>(v[0]), w.columns = address<int32_t>(v[2]), w.block_starts = address<int32_t>(v[3]);
-  w.scales = address<void>(v[4]), w.sums = address<int32_t>(v[5]), w.bias = address<float>(v[6]);
-  w.O = v[7], w.I = v[8], w.r = v[9], w.c = v[10], w.dtype = (int)v[11], w.coding = kInt8;
-  if (w.dtype > kF32) {
-    PyErr_SetString(PyExc_ValueError, "no product for float16");
-    return nullptr;
-  }
-  return plan_blocks(w, v[1]);
 }
 
 // plan_coded(values, stored, mask or 0, row_starts or 0, scales, zeros or 0, bias or 0, O, I, group or 0, dtype, sums or 0) ->
@@ -274,6 +259,7 @@ PyObject* run_bytes_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
   long long v[5];
   const Matrix* w = count ? (const Matrix*)PyCapsule_GetPointer(args[0], Plan<Matrix>::name) : nullptr;
   if (PyErr_Occurred() || !integers(args + 1, count - 1, 5, v)) return nullptr;
+  if (w->O == 0) Py_RETURN_NONE;
   if (w->coding != kInt8 || !w->sums || w->I < 1 || w->I > kMostByteColumns || v[3] < 1 || v[3] > 2 || !active->bytes) {
     PyErr_SetString(PyExc_ValueError, "only for int8 with sums, 1 or 2 bytes, and sets of kernels with products of bytes");
     return nullptr;
@@ -746,8 +732,6 @@ PyMethodDef methods[] = {
      "(values, stored, mask, row_starts, scales, zeros, bias, O, I, group, dtype, sums) -> plan"},
     {"plan_dense", fast(plan_dense), METH_FASTCALL, "(values, bias, O, I, dtype) -> plan"},
     {"plan_block", fast(plan_block), METH_FASTCALL,
-     "(values, blocks, columns, row_starts, bias, O, I, r, c, dtype) -> plan"},
-    {"plan_byte_block", fast(plan_byte_block), METH_FASTCALL,
      "(values, blocks, columns, row_starts, scales, sums, bias, O, I, r, c, dtype) -> plan"},
     {"run_bytes", fast(run_bytes_of), METH_FASTCALL, "(plan, x, rows, y, each, threads), for int8 and many rows"},
     {"run", fast(run), METH_FASTCALL, "(plan, x, rows, y, threads)"},

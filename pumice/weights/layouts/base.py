@@ -87,6 +87,11 @@ class Packed:
         return self.numbers.numel() / total if total else 0.0
 
     @property
+    def nonzero_share(self) -> float:
+        """Share of the positions whose number is not zero."""
+        return float((self.numbers != 0).sum()) / max(1, self.shape[0] * self.shape[1])
+
+    @property
     def numbers(self) -> Tensor:
         """What is stored for each position that has a number: floating point, or integers still without their scale."""
         return layout_named(self.layout).numbers(self)
