@@ -19,7 +19,8 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import pumice  # noqa: F401  (registers the implementation)
 from pumice.core import dispatch
+from pumice.kernels import reference
 from pumice.kernels.features import machine_stamp
 from pumice.moe.grouped import expert_mlp
 from pumice.moe.plan import Plan
@@ -49,8 +51,8 @@ PARTS: dict[str, tuple[str, torch.dtype, tuple[int, ...], int]] = {
     "fp32-2048": ("mixtral", torch.float32, (2048,), 3),
     "bf16-2048": ("mixtral", torch.bfloat16, (2048,), 3),
     "fine": ("fine", torch.bfloat16, (16, 256), 7),
-    "train-fp32": ("mixtral", torch.float32, (2048,), 2),
-    "train-bf16": ("mixtral", torch.bfloat16, (2048,), 2),
+    "train-fp32": ("mixtral", torch.float32, (2048,), 4),
+    "train-bf16": ("mixtral", torch.bfloat16, (2048,), 4),
 }
 Layer = tuple[Any, Tensor, Tensor]
 """MixtralExperts, and the dense MLP's matrices [2 k ff, d] and [d, k ff]."""
@@ -90,10 +92,30 @@ def dense_mlp(layer: Layer, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     return F.linear(F.silu(gate) * up, layer[2])
 
 
-def reference_loop(layer: Layer, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    """`expert_mlp` with the backend "loop" for every product."""
+def expert_loop(layer: Layer, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """The specification in plain PyTorch, expert by expert, whose gradients are autograd's."""
     plan = Plan.top_k(index, weight, layer[0].num_experts)
+    more = (plan.offsets_E1, plan.token_A, plan.weight_A)
+    return reference.expert_mlp(x, layer[0].gate_up_proj, layer[0].down_proj, *more)
+
+
+def operator_loop(layer: Layer, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """Our two operators, whose gradients need fewer products and copies, each expert by expert in PyTorch (`looped`)."""
+    plan = Plan.top_k(index, weight, layer[0].num_experts)
+    plan.tap = lambda both: both
     return expert_mlp(x, layer[0].gate_up_proj, layer[0].down_proj, plan)
+
+
+@contextmanager
+def looped() -> Iterator[None]:
+    """Grouped products have no backend but the loop."""
+    kept = dict(dispatch._backends)
+    for key in [key for key in kept if key[0].startswith("grouped_") and key[2] != "loop"]:
+        del dispatch._backends[key]
+    try:
+        yield
+    finally:
+        dispatch._backends.update(kept)
 
 
 def take_turns(
@@ -181,16 +203,10 @@ def train(part: str) -> list[dict[str, Any]]:
     weight, index = torch.randn(tokens, shape["experts"]).softmax(1).topk(shape["top_k"])
     inputs = (x, index, weight.to(dtype).requires_grad_())
 
-    def step(run: Callable[..., Tensor], loop: bool = False) -> Callable[..., None]:
+    def step(run: Callable[..., Tensor], within: Callable[[], Any] = nullcontext) -> Callable[..., None]:
         def both(layer: Layer, *inputs: Tensor) -> None:
-            kept = dict(dispatch._backends)
-            if loop:
-                for key in [key for key in kept if key[0].startswith("grouped_") and key[2] != "loop"]:
-                    del dispatch._backends[key]
-            try:
+            with within():
                 run(layer, *inputs).float().square().mean().backward()
-            finally:
-                dispatch._backends.update(kept)
             for tensor in (*layer[0].parameters(), *inputs):
                 tensor.grad = None
 
@@ -198,8 +214,9 @@ def train(part: str) -> list[dict[str, Any]]:
 
     dispatch.discover()
     runs = {each: step(transformers_as(each)) for each in ("eager", "grouped_mm", "pumice")}
+    runs |= {"loop": step(expert_loop), "loop in our operators": step(operator_loop, looped)}
     with torch.enable_grad():
-        times = take_turns({**runs, "reference loop": step(reference_loop, True)}, layers, inputs, rounds)
+        times = take_turns(runs, layers, inputs, rounds)
     line = {"part": part, "layer": name, "dtype": str(dtype).removeprefix("torch."), "tokens": tokens, "times": times}
     flops = 3 * 6 * tokens * shape["top_k"] * shape["d"] * shape["ff"]
     used = 3 * shape["experts"] * shape["d"] * shape["ff"] * dtype.itemsize

@@ -97,3 +97,14 @@ def test_the_table_is_sorted_and_says_what_makes_a_row_no_comparison(tables):
     assert "refused" not in cells
     assert "`refused`: It could not." in text
     assert tables.sections.compared({}) == ""
+
+
+def test_an_moe_layer_with_gradients_stands_beside_loops_too(tables):
+    times = {"eager": 30.0, "grouped_mm": 20.0, "pumice": 10.0, "loop": 15.0, "loop in our operators": 12.0}
+    entry = {"layer": "mixtral", "dtype": "bfloat16", "part": "train-bf16", "tokens": 9, "floor_ms": 8.0}
+    entry |= {"floor_by": "products", "machine": {**STAMP, "threads": 2}}
+    entry["times"] = {name: {"ms": ms} for name, ms in times.items()}
+    text = tables.sections.experts({"results": [entry]})
+    assert "| 10.0 | 20.0 (grouped_mm) | 2.00× |" in text
+    assert "takes 15.0 ms, which is 1.50 times ours" in text
+    assert "12.0 ms (1.20)" in text

@@ -2,8 +2,8 @@
 
 `up` [E, F or 2F, D] and `down` [E, D, F] may have any strides. A backend is prepared as `prepare((up, down, form),
 None)` and runs as `run(x, offsets_E1, token_A, scale_A, up_bias, down_bias)`; without `token_A` assignment a is row a of
-x and of the result. A call's rows are the assignments, its shape (F, D), its `experts` a parameter. For inference;
-training goes through `grouped_linear`, which has gradients.
+x and of the result. A call's rows are the assignments, its shape (F, D), its `experts` a parameter. That is for inference.
+Training has an operator of its own (`experts_trained.py`).
 Legend: T tokens, D model width, F hidden width, E experts, A assignments sorted by expert.
 """
 
@@ -17,11 +17,9 @@ from torch import Tensor
 from pumice.core import activation, dispatch
 from pumice.core.dispatch import Backend, Call, Run, register
 from pumice.kernels import grouped_cpu
+from pumice.kernels.experts_trained import expert_mlp_trained
 from pumice.kernels.grouped import choose
 from pumice.kernels.grouped_cpu import ACTIVATE, ACTIVATIONS, GATE, PLAIN, Finish, stage
-
-Form = tuple[str, str, float, float]
-"""Activation, gate ("none", "halves": first all gates, then all partners, "pairs": they alternate), alpha, limit."""
 
 
 def _prepare_parts(state: Any, _: Tensor | None) -> Run:
@@ -49,7 +47,7 @@ def _prepare_parts(state: Any, _: Tensor | None) -> Run:
 def _prepare_native(state: Any, _: Tensor | None) -> Run:
     up, down, (act, gate, alpha, limit) = state
     width = down.shape[2]
-    first, step = {"none": (0, 1), "halves": (width, 1), "pairs": (1, 2)}[gate]
+    first, step = grouped_cpu.places(gate, width)
     hidden = Finish(ACTIVATE if gate == "none" else GATE, ACTIVATIONS.index(act), first, step, alpha, limit)
 
     def run(
@@ -106,10 +104,11 @@ def _(x: Tensor, up: Tensor, down: Tensor, *_: Any) -> Tensor:
 
 
 def traced_expert_mlp(state: Any, _: Tensor | None, x: Tensor, *more: Any) -> Tensor:
-    """`state` and `more` as a backend takes them."""
+    """`state` and `more` as a backend takes them, and whether gradients are wanted."""
     up, down, form = state
-    offsets_E1, token_A, scale_A, up_bias, down_bias = more
-    return expert_mlp(x, up, down, up_bias, down_bias, offsets_E1, token_A, scale_A, *form)
+    offsets_E1, token_A, scale_A, up_bias, down_bias, train = more
+    args = (x, up, down, up_bias, down_bias, offsets_E1, token_A, scale_A, *form)
+    return expert_mlp_trained(*args)[0] if train else expert_mlp(*args)
 
 
 dispatch.register_traced("expert_mlp", traced_expert_mlp)

@@ -168,6 +168,17 @@ def _(g: Tensor, x: Tensor, offsets: Tensor, g_rows: Tensor | None, x_rows: Tens
     return g.new_empty(offsets.shape[0] - 1, g.shape[1], x.shape[1])
 
 
+def bias_gradient(g_AO: Tensor, offsets: Tensor) -> Tensor:
+    """The sum of each expert's rows: [E, O]."""
+    sums_EO = g_AO.new_zeros(offsets.shape[0] - 1, g_AO.shape[1])
+    return sums_EO.index_add_(0, _expert_of(offsets, g_AO.shape[0]), g_AO)
+
+
+def bias_products(g_AO: Tensor, bias_EO: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    """`g_a · b_e`, the bias's part of the gradient of the scales: [A]."""
+    return (g_AO * bias_EO[_expert_of(offsets, g_AO.shape[0])]).sum(1, dtype=dtype)
+
+
 def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, offsets, bias, gather, scatter, scale, _ = inputs
     ctx.rows = x.shape[0]
@@ -194,7 +205,7 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
             g_scale = (raw_AI * x_AI).sum(1, dtype=scale.dtype)
             if bias is not None:
                 g_AO = g if scatter is None else g[scatter]
-                g_scale = g_scale + (g_AO * bias[_expert_of(offsets, g_AO.shape[0])]).sum(1, dtype=scale.dtype)
+                g_scale = g_scale + bias_products(g_AO, bias, offsets, scale.dtype)
         if to_x:
             g_AI = raw_AI * scale[:, None]
             g_x = g_AI if gather is None else g_AI.new_zeros(x.shape).index_add_(0, gather, g_AI)
@@ -206,9 +217,7 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
             g_AO, rows_A = g, scatter
         g_weight = grouped_outer(g_AO, x, offsets, rows_A, gather) if to_weight else None
         if to_bias:
-            g_AO = g_AO if rows_A is None else g_AO[rows_A]
-            expert_A = _expert_of(offsets, g_AO.shape[0])
-            g_bias = g_AO.new_zeros(offsets.shape[0] - 1, g_AO.shape[1]).index_add_(0, expert_A, g_AO)
+            g_bias = bias_gradient(g_AO if rows_A is None else g_AO[rows_A], offsets)
     return g_x, g_weight, None, g_bias, None, None, g_scale, None
 
 

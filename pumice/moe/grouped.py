@@ -80,8 +80,8 @@ def expert_mlp(
 ) -> Tensor:
     """Every expert's perceptron for its tokens, summed with the plan's weights: y_TD.
 
-    Without gradients this is one op, whose hidden layer is activated where it is made; with them, or where the plan
-    taps the hidden layer, it is two `grouped_linear`.
+    This is one op, whose hidden layer is activated where it is made; with gradients it keeps the products with `up`. Where
+    the plan taps the hidden layer it is two `grouped_linear`.
 
     Args:
         up: [E, 2F, D], or [E, F, D] with `gate="none"`; any strides.
@@ -94,21 +94,30 @@ def expert_mlp(
     Raises:
         PumiceError: another number of experts than the plan has, or mixed dtypes.
     """
-    tensors = [x_TD, up, down, plan.weight_A, *(bias for bias in biases if bias is not None)]
-    train = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if train or plan.tap is not None or torch.is_autocast_enabled(x_TD.device.type):
-        both = plan.tapped(grouped_linear(x_TD, up, plan, bias_EO=biases[0], gather=True, scatter=False))
-        hidden = activate(both, act, gate, *bounds)
-        return grouped_linear(hidden, down, plan, bias_EO=biases[1], gather=False, scatter=True)
+    if torch.is_autocast_enabled(x_TD.device.type):
+        dtype = torch.get_autocast_dtype(x_TD.device.type)
+        x_TD, up, down = x_TD.to(dtype), up.to(dtype), down.to(dtype)
+        biases = (
+            None if biases[0] is None else biases[0].to(dtype),
+            None if biases[1] is None else biases[1].to(dtype),
+        )
     if not up.shape[0] == down.shape[0] == plan.experts:
         raise PumiceError(f"the weights have {up.shape[0]} experts and the plan {plan.experts}: make them equal.")
     if not x_TD.dtype == up.dtype == down.dtype:
         raise PumiceError(f"x is {x_TD.dtype} and the experts are {up.dtype}: convert one of them.")
+    if plan.tap is not None:
+        both = plan.tapped(grouped_linear(x_TD, up, plan, bias_EO=biases[0], gather=True, scatter=False))
+        return grouped_linear(
+            activate(both, act, gate, *bounds), down, plan, bias_EO=biases[1], gather=False, scatter=True
+        )
     moved = (None, None) if plan.in_order else (plan.token_A, plan.weight_A)
-    state = (up.detach(), down.detach(), (act, gate, *bounds))
+    form = (act, gate, *bounds)
+    tensors = [x_TD, up, down, plan.weight_A, *(bias for bias in biases if bias is not None)]
+    train = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if train or torch.compiler.is_compiling():
+        more = (plan.offsets_E1, *moved, *biases, train)
+        return dispatch.traced("expert_mlp", (up, down, form), None, x_TD, *more)
     more = (plan.offsets_E1, *moved, *(None if bias is None else bias.detach() for bias in biases))
-    if torch.compiler.is_compiling():
-        return dispatch.traced("expert_mlp", state, None, x_TD, *more)
     shape, params = (down.shape[2], down.shape[1]), {"experts": plan.experts}
     call = dispatch.Call("expert_mlp", "dense", x_TD.dtype, str(x_TD.device), plan.token_A.shape[0], shape, params)
-    return dispatch.choose(call).prepare(state, None)(x_TD, *more)
+    return dispatch.choose(call).prepare((up.detach(), down.detach(), form), None)(x_TD, *more)

@@ -12,7 +12,7 @@
 
 #include "driver.h"
 #include "coded.h"
-#include "grouped_tile.h"
+#include "grouped_outer.h"
 #include "conv_kernel.h"
 #include "decoder_pieces.h"
 
@@ -227,7 +227,9 @@ const Kernels table = {"avx2",
                        nullptr,
                        nullptr};
 
-const StagePiece stages[] = {stage_columns<Floats256<BF16>>, stage_columns<Floats256<float>>};
+const GroupedKernels grouped = {{stage_columns<Floats256<BF16>>, stage_columns<Floats256<float>>},
+                                {hidden_rows<BF16>, hidden_rows<float>},
+                                {outer_rows<Floats256<BF16>>, outer_rows<Floats256<float>>}};
 
 template <class T>
 using Many8 = Many256<T, 1>;
@@ -254,7 +256,7 @@ const DecoderKernels decoder_pieces[] = {pieces_of<AnyHead, BF16>(), pieces_of<A
 }  // namespace
 
 const Kernels* avx2_kernels() { return &table; }
-const StagePiece* avx2_stages() { return stages; }
+const GroupedKernels* avx2_grouped() { return &grouped; }
 const TileKernels* avx2_tiles() { return &tiles; }
 const DecoderKernels* avx2_decoder() { return decoder_pieces; }
 const ConvKernels* avx2_conv() { return &convolutions; }
@@ -274,7 +276,7 @@ const ConvKernels* avx2_conv() { return &convolutions; }
 
 namespace pumice {
 const Kernels* avx2_kernels() { return nullptr; }
-const StagePiece* avx2_stages() { return nullptr; }
+const GroupedKernels* avx2_grouped() { return nullptr; }
 const TileKernels* avx2_tiles() { return nullptr; }
 const DecoderKernels* avx2_decoder() { return nullptr; }
 const ConvKernels* avx2_conv() { return nullptr; }

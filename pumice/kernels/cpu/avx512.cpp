@@ -15,6 +15,7 @@
 #include "coded.h"
 #include "avx512_coded.h"
 #include "avx512_grouped.h"
+#include "grouped_outer.h"
 #include "avx512_tiles.h"
 #include "avx512_blocks.h"
 #include "avx512_conv.h"
@@ -58,7 +59,9 @@ const Kernels table = {"avx512",
                        nullptr,
                        nullptr};
 
-const StagePiece stages[] = {stage_columns<Floats512<BF16>>, stage_columns<Floats512<float>>};
+const GroupedKernels grouped = {{stage_columns<Floats512<BF16>>, stage_columns<Floats512<float>>},
+                                {hidden_rows<BF16>, hidden_rows<float>},
+                                {outer_rows<Floats512<BF16>>, outer_rows<Floats512<float>>}};
 
 typedef ManyFloats512<BF16> ManyBf16;
 typedef ManyFloats512<float> ManyFp32;
@@ -73,7 +76,7 @@ const DecoderKernels decoder_pieces[] = {pieces_of<AnyHead, BF16>(), pieces_of<A
 }  // namespace
 
 const Kernels* avx512_kernels() { return &table; }
-const StagePiece* avx512_stages() { return stages; }
+const GroupedKernels* avx512_grouped() { return &grouped; }
 const TileKernels* avx512_tiles() { return &tiles; }
 const DecoderKernels* avx512_decoder() { return decoder_pieces; }
 const ConvKernels* avx512_conv() { return &convolutions; }
@@ -93,7 +96,7 @@ const ConvKernels* avx512_conv() { return &convolutions; }
 
 namespace pumice {
 const Kernels* avx512_kernels() { return nullptr; }
-const StagePiece* avx512_stages() { return nullptr; }
+const GroupedKernels* avx512_grouped() { return nullptr; }
 const TileKernels* avx512_tiles() { return nullptr; }
 const DecoderKernels* avx512_decoder() { return nullptr; }
 const ConvKernels* avx512_conv() { return nullptr; }

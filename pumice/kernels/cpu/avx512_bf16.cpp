@@ -18,6 +18,7 @@
 #include "coded.h"
 #include "avx512_coded.h"
 #include "avx512_grouped.h"
+#include "grouped_outer.h"
 #include "avx512_bytes.h"
 #include "avx512_tiles.h"
 #include "avx512_blocks.h"
@@ -387,7 +388,9 @@ const Kernels table = {"avx512_bf16",
                        split_blocks_product,
                        byte_kernels};
 
-const StagePiece stages[] = {stage_columns<Pairs512>, stage_columns<Floats512<float>>};
+const GroupedKernels grouped = {{stage_columns<Pairs512>, stage_columns<Floats512<float>>},
+                                {hidden_rows<BF16>, hidden_rows<float>},
+                                {outer_rows<Pairs512>, outer_rows<Floats512<float>>}};
 
 struct InPairs512 {
   static inline __m512 pairs(__m512 sum, __m512i w, __m512i x) { return _mm512_dpbf16_ps(sum, pumice::pairs(w), pumice::pairs(x)); }
@@ -515,7 +518,7 @@ const DecoderKernels decoder_pieces[] = {pieces_of<PairsHead, BF16>(), pieces_of
 }  // namespace
 
 const Kernels* avx512_bf16_kernels() { return &table; }
-const StagePiece* avx512_bf16_stages() { return stages; }
+const GroupedKernels* avx512_bf16_grouped() { return &grouped; }
 const TileKernels* avx512_bf16_tiles() { return &tiles; }
 const DecoderKernels* avx512_bf16_decoder() { return decoder_pieces; }
 const ConvKernels* avx512_bf16_conv() { return &convolutions; }
@@ -537,7 +540,7 @@ const LaneKernels* avx512_bf16_lanes() { return &lane_kernels; }
 
 namespace pumice {
 const Kernels* avx512_bf16_kernels() { return nullptr; }
-const StagePiece* avx512_bf16_stages() { return nullptr; }
+const GroupedKernels* avx512_bf16_grouped() { return nullptr; }
 const TileKernels* avx512_bf16_tiles() { return nullptr; }
 const DecoderKernels* avx512_bf16_decoder() { return nullptr; }
 const ConvKernels* avx512_bf16_conv() { return nullptr; }

@@ -381,7 +381,7 @@ inline void finish(const Stage& s, int64_t a, int64_t rows, int64_t begin, int64
     const float* from = sums + r * kSumsStride;
     const float scale = s.scale ? s.scale[a + r] : 1.0f;
     T* to = (T*)s.y + (a + r) * s.columns + begin;
-    if (s.finish == kScatter) {
+    if (s.finish == kScatter || s.finish == kAdd) {
       float* __restrict sum = kept + s.scatter[a + r] * kept_stride + begin;
       for (int64_t c = 0; c < n; ++c) sum[c] += scale * from[c];
     } else if (s.finish == kStore) {
@@ -406,10 +406,9 @@ bool stage_columns(const Stage& s, int64_t begin, int64_t end) {
   float* sums = (float*)(p.w_pack + w_most * V::kStretch);
   p.w_output = s.w_output, p.w_input = s.w_input, p.I = s.I;
 
-  float* kept = nullptr;
+  float* kept = (float*)s.y;
   int64_t kept_stride = s.columns;
   if (s.finish == kScatter) {
-    kept = (float*)s.y;
     if (s.dtype != kF32) {
       kept_stride = end - begin;
       kept = (float*)scratch(3, sizeof(float) * (size_t)(s.rows * kept_stride));

@@ -24,7 +24,7 @@ namespace pumice {
 namespace {
 
 const Kernels* active = nullptr;
-const StagePiece* active_stages = nullptr;
+const GroupedKernels* active_grouped = nullptr;
 const TileKernels* active_tiles = nullptr;
 const DecoderKernels* active_decoder = nullptr;
 const LaneKernels* active_lanes = nullptr;
@@ -33,7 +33,7 @@ const ConvKernels* active_conv = nullptr;
 struct Choice {
   const char* name;
   const Kernels* (*kernels)();
-  const StagePiece* (*stages)();
+  const GroupedKernels* (*grouped)();
   const TileKernels* (*tiles)();
   const DecoderKernels* (*decoder)();
   const LaneKernels* (*lanes)();
@@ -45,16 +45,16 @@ const LaneKernels* no_lanes() { return nullptr; }
 
 const Choice choices[] = {
     {"avx512_bf16",
-     avx512_bf16_kernels, avx512_bf16_stages, avx512_bf16_tiles, avx512_bf16_decoder, avx512_bf16_lanes, avx512_bf16_conv,
+     avx512_bf16_kernels, avx512_bf16_grouped, avx512_bf16_tiles, avx512_bf16_decoder, avx512_bf16_lanes, avx512_bf16_conv,
      {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vbmi2", "avx512_vnni", "avx512_bf16", "bmi2", nullptr}},
     {"avx512",
-     avx512_kernels, avx512_stages, avx512_tiles, avx512_decoder, no_lanes, avx512_conv,
+     avx512_kernels, avx512_grouped, avx512_tiles, avx512_decoder, no_lanes, avx512_conv,
      {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "bmi2", nullptr}},
     {"avx2",
-     avx2_kernels, avx2_stages, avx2_tiles, avx2_decoder, no_lanes, avx2_conv,
+     avx2_kernels, avx2_grouped, avx2_tiles, avx2_decoder, no_lanes, avx2_conv,
      {"avx2", "fma", "popcnt", "bmi2", nullptr}},
     {"portable",
-     portable_kernels, portable_stages, portable_tiles, portable_decoder, no_lanes, portable_conv,
+     portable_kernels, portable_grouped, portable_tiles, portable_decoder, no_lanes, portable_conv,
      {nullptr}},
 };
 
@@ -66,7 +66,7 @@ const char* missing(const Choice& choice) {
 }
 
 void take(const Choice& choice) {
-  active = choice.kernels(), active_stages = choice.stages();
+  active = choice.kernels(), active_grouped = choice.grouped();
   active_tiles = choice.tiles(), active_decoder = choice.decoder();
   active_lanes = choice.lanes(), active_conv = choice.conv();
 }
@@ -640,6 +640,20 @@ PyObject* attention_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyBool_FromLong(result == 0);
 }
 
+// Whether offsets begin at 0, never fall and end at A.
+bool rises(const int64_t* offsets, int64_t E, int64_t A) {
+  bool fits = E >= 0 && offsets[0] == 0 && offsets[E] == A;
+  for (int64_t e = 0; fits && e < E; ++e) fits = offsets[e] <= offsets[e + 1];
+  return fits;
+}
+
+// Whether the row of each assignment is one of `rows`; null: assignment a has row a.
+bool inside(const int64_t* row, int64_t A, int64_t rows) {
+  bool fits = row || A <= rows;
+  for (int64_t a = 0; fits && row && a < A; ++a) fits = row[a] >= 0 && row[a] < rows;
+  return fits;
+}
+
 // stage(x, x_rows, x_stride, gather or 0, offsets, E, I, w, w_expert, w_output, w_input, bias or 0, columns, first, step,
 // finish, act, alpha and limit in millionths, scale or 0, scatter or 0, y, rows, assignments, dtype, threads)
 PyObject* stage_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -653,19 +667,59 @@ PyObject* stage_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
   s.scale = address<float>(v[19]), s.scatter = address<int64_t>(v[20]), s.y = (void*)(intptr_t)v[21], s.rows = v[22];
   s.dtype = (int)v[24];
   const int64_t A = v[23], x_rows = v[1];
-  bool fits = s.E >= 0 && s.dtype >= 0 && s.dtype <= kF32 && s.offsets[0] == 0 && s.offsets[s.E] == A &&
-              (s.w_output == 1 || s.w_input == 1) && (s.gather || A <= x_rows) && s.step >= 1 && s.step <= 2 &&
-              (s.finish == kScatter) == (s.scatter != nullptr);
-  for (int64_t e = 0; fits && e < s.E; ++e) fits = s.offsets[e] <= s.offsets[e + 1];
-  for (int64_t a = 0; fits && s.gather && a < A; ++a) fits = s.gather[a] >= 0 && s.gather[a] < x_rows;
-  for (int64_t a = 0; fits && s.scatter && a < A; ++a) fits = s.scatter[a] >= 0 && s.scatter[a] < s.rows;
+  const bool fits = s.dtype >= 0 && s.dtype <= kF32 && (s.w_output == 1 || s.w_input == 1) && s.step >= 1 && s.step <= 2 &&
+                    (s.finish == kScatter || s.finish == kAdd) == (s.scatter != nullptr) && rises(s.offsets, s.E, A) &&
+                    inside(s.gather, A, x_rows) && (!s.scatter || inside(s.scatter, A, s.rows));
   if (!fits) {
     PyErr_SetString(PyExc_ValueError, "the plan does not fit the tensors");
     return nullptr;
   }
   bool enough;
   Py_BEGIN_ALLOW_THREADS
-  enough = run_stage(s, active_stages[s.dtype], v[25]);
+  enough = run_stage(s, active_grouped->stage[s.dtype], v[25]);
+  Py_END_ALLOW_THREADS
+  if (!enough) return PyErr_NoMemory();
+  Py_RETURN_NONE;
+}
+
+// hidden(products, width, first, step, act, alpha and limit in millionths, hidden, gradient or 0, scale or 0, to_products or 0,
+// to_scale or 0, assignments, dtype, threads)
+PyObject* hidden_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long v[15];
+  if (!integers(args, count, 15, v)) return nullptr;
+  Hidden h = {};
+  h.products = address<void>(v[0]), h.width = v[1], h.first = v[2], h.step = v[3], h.act = (int)v[4];
+  h.alpha = (float)((double)v[5] * 1e-6), h.limit = (float)((double)v[6] * 1e-6);
+  h.hidden = (void*)(intptr_t)v[7], h.gradient = address<void>(v[8]), h.scale = address<float>(v[9]);
+  h.to_products = (void*)(intptr_t)v[10], h.to_scale = (float*)(intptr_t)v[11], h.A = v[12], h.dtype = (int)v[13];
+  const bool halves = h.step == 1 && (h.first == 0 || h.first == h.width), pairs = h.step == 2 && h.first == 1;
+  if (h.dtype < 0 || h.dtype > kF32 || !(halves || pairs) || (h.gradient && !h.to_products)) {
+    PyErr_SetString(PyExc_ValueError, "not a hidden layer");
+    return nullptr;
+  }
+  Py_BEGIN_ALLOW_THREADS
+  run_hidden(h, active_grouped->hidden[h.dtype], v[14]);
+  Py_END_ALLOW_THREADS
+  Py_RETURN_NONE;
+}
+
+// outer(g, g_row_count, g_stride, g_rows or 0, x, x_row_count, x_stride, x_rows or 0, offsets, E, O, I, y, assignments, dtype,
+// threads)
+PyObject* outer_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long v[16];
+  if (!integers(args, count, 16, v)) return nullptr;
+  Outer s = {};
+  s.g = address<void>(v[0]), s.g_stride = v[2], s.g_rows = address<int64_t>(v[3]);
+  s.x = address<void>(v[4]), s.x_stride = v[6], s.x_rows = address<int64_t>(v[7]), s.offsets = address<int64_t>(v[8]);
+  s.E = v[9], s.O = v[10], s.I = v[11], s.y = (void*)(intptr_t)v[12], s.dtype = (int)v[14];
+  const int64_t A = v[13];
+  if (!(s.dtype >= 0 && s.dtype <= kF32 && rises(s.offsets, s.E, A) && inside(s.g_rows, A, v[1]) && inside(s.x_rows, A, v[5]))) {
+    PyErr_SetString(PyExc_ValueError, "the plan does not fit the tensors");
+    return nullptr;
+  }
+  bool enough;
+  Py_BEGIN_ALLOW_THREADS
+  enough = run_outer(s, active_grouped->outer[s.dtype], v[15]);
   Py_END_ALLOW_THREADS
   if (!enough) return PyErr_NoMemory();
   Py_RETURN_NONE;
@@ -760,6 +814,8 @@ PyMethodDef methods[] = {
     {"attention", fast(attention_of), METH_FASTCALL,
      "(q, k, v, out, packed, heads, T, D, scale in millionths, causal) -> whether this CPU could"},
     {"stage", fast(stage_of), METH_FASTCALL, "One step of a layer of experts; see stage_of."},
+    {"outer", fast(outer_of), METH_FASTCALL, "Gradients of the weights of a layer of experts; see outer_of."},
+    {"hidden", fast(hidden_of), METH_FASTCALL, "A hidden layer of experts, or its gradients; see hidden_of."},
     {"row_starts", fast(row_starts), METH_FASTCALL, "(mask, O, I, out)"},
     {"features", features, METH_NOARGS, "Features of this CPU that kernels ask for."},
     {"kernels", kernels, METH_NOARGS, "Sets of kernels and the first feature that each misses here."},

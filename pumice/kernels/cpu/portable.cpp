@@ -3,7 +3,7 @@
 #include "blocks_kernel.h"
 #include "coded.h"
 #include "conv_kernel.h"
-#include "grouped_tile.h"
+#include "grouped_outer.h"
 #include "tiles_kernel.h"
 #include "decoder_pieces.h"
 
@@ -164,7 +164,9 @@ const Kernels table = {"portable",
                        nullptr,
                        nullptr};
 
-const StagePiece stages[] = {stage_columns<Floats<BF16>>, stage_columns<Floats<float>>};
+const GroupedKernels grouped = {{stage_columns<Floats<BF16>>, stage_columns<Floats<float>>},
+                                {hidden_rows<BF16>, hidden_rows<float>},
+                                {outer_rows<Floats<BF16>>, outer_rows<Floats<float>>}};
 
 // One row of x times tiles.
 template <class Value>
@@ -237,7 +239,7 @@ const DecoderKernels decoder_pieces[] = {pieces_of<AnyHead, BF16>(), pieces_of<A
 }  // namespace
 
 const Kernels* portable_kernels() { return &table; }
-const StagePiece* portable_stages() { return stages; }
+const GroupedKernels* portable_grouped() { return &grouped; }
 const TileKernels* portable_tiles() { return &tiles; }
 const DecoderKernels* portable_decoder() { return decoder_pieces; }
 const ConvKernels* portable_conv() { return &convolutions; }

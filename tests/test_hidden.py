@@ -1,0 +1,236 @@
+"""The hidden layer of experts in training: slopes, the kernels on every set of instructions, and the operator around them."""
+
+import itertools
+
+import pytest
+import torch
+
+from pumice.core import dispatch
+from pumice.core.activation import ACTIVATIONS, SLOPES, activate, activate_backward
+from pumice.core.dispatch import Call
+from pumice.kernels import reference
+from pumice.moe import Plan
+from pumice.moe.grouped import expert_mlp
+
+FORMS = [(act, gate, 0.0, 0.0) for act in ACTIVATIONS for gate in ("none", "halves", "pairs")]
+FORMS += [("clamped_swish", "halves", 1.702, 1.0), ("clamped_swish", "pairs", 1.5, 0.5)]
+NAMES = "-".join
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def by_autograd(products, gradient, scale_A, form):
+    """What `activate_backward` returns, in float64."""
+    p = products.double().requires_grad_()
+    scale = torch.ones(len(p), dtype=torch.float64) if scale_A is None else scale_A.double()
+    scale.requires_grad_()
+    hidden = activate(p, *form) * scale[:, None]
+    to_products, to_scale = torch.autograd.grad(hidden, (p, scale), gradient.double())
+    return hidden.detach(), to_products, None if scale_A is None else to_scale
+
+
+def layer(rows, width, form, dtype):
+    torch.manual_seed(0)
+    products = torch.randn(rows, width * (1 if form[1] == "none" else 2)) * 2
+    if products.numel() > 2:
+        products.view(-1)[:3] = torch.tensor([0.0, -60.0, 60.0])
+    return products.to(dtype), torch.randn(rows, width).to(dtype), torch.rand(rows)
+
+
+def test_every_activation_has_its_derivative():
+    assert SLOPES.keys() == ACTIVATIONS.keys()
+    x = torch.randn(500, dtype=torch.float64) * 3
+    for act, function in ACTIVATIONS.items():
+        leaf = x.clone().requires_grad_()
+        torch.testing.assert_close(SLOPES[act](x), torch.autograd.grad(function(leaf).sum(), leaf)[0])
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: NAMES(form[:2]))
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_specification_is_the_derivative(form, scaled):
+    products, gradient, scale_A = layer(9, 7, form, torch.float64)
+    scale_A = scale_A.double() if scaled else None
+    for ours, theirs in zip(
+        activate_backward(products, gradient, scale_A, *form),
+        by_autograd(products, gradient, scale_A, form),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: NAMES(form[:2]))
+def test_the_kernels_are_as_exact_as_the_specification(isa, form, dtype):
+    for (rows, width), scaled in itertools.product(
+        ((1, 1), (5, 33), (0, 8), (7, 1), (3, 1100), (64, 512)), (False, True)
+    ):
+        products, gradient, scale_A = layer(rows, width, form, dtype)
+        scale_A = scale_A if scaled else None
+        found = {}
+        for op, args in (("activate", ()), ("activate_backward", (gradient, scale_A))):
+            call = Call(op, "dense", dtype, "cpu", rows, (width, products.shape[1]))
+            for backend, reason in dispatch.candidates(call):
+                assert reason is None
+                given = [None if arg is None else arg.clone() for arg in args]
+                made = backend.prepare(form, None)(products, *given)
+                found[op, backend.name] = (given[0], *made) if args else (made,)
+        exact = by_autograd(products, gradient, scale_A, form)
+        plain = activate(products.double(), *form)
+        for op, truth in (("activate", (plain,)), ("activate_backward", exact)):
+            for ours, theirs, true in zip(found[op, "native"], found[op, "torch"], truth, strict=True):
+                if true is None:
+                    assert ours is None
+                    continue
+                assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+                if not rows:
+                    continue
+                assert torch.isfinite(ours).all()
+                most = 2 * (theirs.double() - true).abs().max() + 2e-6 * true.abs().max().clamp(min=1)
+                assert (ours.double() - true).abs().max() <= most
+
+
+def test_far_from_zero_and_nan(isa):
+    x = torch.tensor([[float("nan")], [3e4], [-1e4], [-90.0], [-20.0], [0.0], [20.0], [1e4]])
+    for act in ACTIVATIONS:
+        form = (act, "none", 0.0, 0.0)
+        run = dispatch.get("activate_backward", "dense", "native").prepare(form, None)
+        hidden, theirs = torch.ones_like(x), by_autograd(x, torch.ones_like(x), None, form)
+        to_products, _ = run(x, hidden, None)
+        assert hidden[0].isnan()
+        assert to_products[0].isnan()
+        for mine, true in zip((hidden, to_products), theirs[:2], strict=True):
+            torch.testing.assert_close(mine[1:].double(), true[1:], rtol=1e-5, atol=2e-6)
+
+
+def test_rows_that_lie_apart_and_threads(isa):
+    products, gradient, scale_A = layer(40, 24, FORMS[1], torch.float32)
+    wide = torch.full((40, 100), torch.nan)
+    wide[:, :48] = products
+    run, before, results = dispatch.get("activate_backward", "dense", "native").prepare(FORMS[1], None), 1, []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        hidden = torch.full((40, 60), torch.nan)[:, :24].copy_(gradient)
+        results.append((hidden, *run(wide[:, :48], hidden, scale_A)))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def experts(form, in_order=False, biased=True, dtype=torch.float64):
+    """Arguments of `expert_mlp_trained`: three experts, of which one has no assignment."""
+    torch.manual_seed(0)
+    tokens, width, hidden = 5, 4, 3
+    assignments = tokens if in_order else 8
+    rows = hidden * (1 if form[1] == "none" else 2)
+    offsets = torch.tensor([0, 3, 3, assignments])
+    token = None if in_order else torch.randint(tokens, (assignments,))
+    leaves = [torch.randn(tokens, width), torch.randn(3, rows, width), torch.randn(3, width, hidden)]
+    leaves += [torch.randn(3, rows), torch.randn(3, width)] if biased else [None, None]
+    scale = None if in_order else torch.rand(assignments).to(dtype)
+    return *(None if leaf is None else leaf.to(dtype) for leaf in leaves), offsets, token, scale, *form
+
+
+@pytest.mark.parametrize("form", FORMS[1::3] + FORMS[-2:], ids=lambda form: NAMES(form[:2]))
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("in_order", [False, True])
+def test_gradients_of_the_operator(form, in_order, biased):
+    args = experts(form, in_order, biased)
+    places = [at for at, value in enumerate(args[:8]) if value is not None and value.is_floating_point()]
+
+    def run(*values):
+        full = list(args)
+        for at, value in zip(places, values, strict=True):
+            full[at] = value
+        return torch.ops.pumice.expert_mlp_trained(*full)[0]
+
+    def wanted(*values):
+        full = list(args)
+        for at, value in zip(places, values, strict=True):
+            full[at] = value
+        x, up, down, up_bias, down_bias, offsets, token, scale, *_ = full
+        return reference.expert_mlp(x, up, down, offsets, token, scale, up_bias, down_bias, form)
+
+    torch.testing.assert_close(run(*(args[at] for at in places)), wanted(*(args[at] for at in places)))
+    for kept in [None, *range(len(places))]:
+        leaves = [args[place].clone().requires_grad_(kept in (None, at)) for at, place in enumerate(places)]
+        needed = [leaf for leaf in leaves if leaf.requires_grad]
+        g = torch.randn(5, 4, dtype=torch.float64)
+        ours, theirs = torch.autograd.grad(run(*leaves), needed, g), torch.autograd.grad(wanted(*leaves), needed, g)
+        for mine, theirs_too in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, theirs_too)
+
+
+def test_the_operator_is_one_that_torch_can_trace():
+    args = experts(FORMS[1], dtype=torch.float32)
+    leaves = [value.requires_grad_() if at in (0, 1, 2, 7) else value for at, value in enumerate(args)]
+    torch.library.opcheck(torch.ops.pumice.expert_mlp_trained.default, tuple(leaves))
+    products, gradient, scale_A = layer(6, 4, FORMS[1], torch.float32)
+    torch.library.opcheck(torch.ops.pumice.activate.default, (products, *FORMS[1]))
+    for scale in (scale_A, None):
+        torch.library.opcheck(torch.ops.pumice.activate_backward.default, (products, gradient, scale, *FORMS[1]))
+
+
+def trained(run, leaves):
+    for leaf in leaves:
+        leaf.grad = None
+    run().square().sum().backward()
+    return [leaf.grad.clone() for leaf in leaves]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_is_that_of_a_plan_with_a_tap(dtype):
+    # A tap needs the products, so it takes the way of two operators.
+    torch.manual_seed(0)
+    x, up, down = (
+        torch.randn(12, 16).to(dtype),
+        torch.randn(4, 48, 16).to(dtype) * 0.2,
+        torch.randn(4, 16, 24).to(dtype) * 0.2,
+    )
+    weight, index = torch.rand(12, 4).softmax(1).topk(2)
+    leaves = [x, up, down, weight]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    fused = trained(lambda: expert_mlp(x, up, down, Plan.top_k(index, weight, 4)).float(), leaves)
+
+    def tapped():
+        plan = Plan.top_k(index, weight, 4)
+        plan.tap = lambda both: both
+        return expert_mlp(x, up, down, plan).float()
+
+    slack = 1e-5 if dtype is torch.float32 else 3e-2
+    for ours, theirs in zip(fused, trained(tapped, leaves), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=slack, atol=slack * theirs.abs().max().item())
+
+
+def test_only_the_products_are_kept_of_the_hidden_layer():
+    torch.manual_seed(0)
+    x, up, down = torch.randn(12, 16), torch.randn(4, 48, 16, requires_grad=True), torch.randn(4, 16, 24)
+    weight, index = torch.rand(12, 4).softmax(1).topk(2)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        expert_mlp(x, up, down, Plan.top_k(index, weight, 4))
+    assert (24, 48) in kept
+    assert (24, 24) not in kept
+
+
+def test_training_compiles_and_autocast_agrees():
+    torch.manual_seed(0)
+    x, up, down = torch.randn(12, 16), torch.randn(4, 48, 16) * 0.2, torch.randn(4, 16, 24) * 0.2
+    weight, index = torch.rand(12, 4).softmax(1).topk(2)
+    leaves = [x, up, down, weight]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    plain = trained(lambda: expert_mlp(x, up, down, Plan.top_k(index, weight, 4)), leaves)
+    plan = Plan.top_k(index, weight.detach(), 4)
+    run = torch.compile(lambda: expert_mlp(x, up, down, plan), fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(trained(run, leaves[:3]), plain, strict=False):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+    def half():
+        with torch.autocast("cpu", torch.bfloat16):
+            y = expert_mlp(x, up, down, Plan.top_k(index, weight, 4))
+        assert y.dtype is torch.bfloat16
+        return y.float()
+
+    for ours, theirs in zip(trained(half, leaves), plain, strict=True):
+        assert ours.dtype is torch.float32
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05 * theirs.abs().max().item())
