@@ -511,7 +511,8 @@ struct PairsHead {
 };
 
 const ConvKernels convolutions = {
-    {{pair_product, 32, kPairPositions, true}, {conv_product<Conv512, float>, 16, kPositions, false}}};
+    {{pair_product, lay_out<Conv512, BF16, BF16>, 32, kPairPositions, 2},
+     {conv_product<Conv512, float>, lay_out<Conv512, float, float>, 16, kPositions, 4}}};
 
 const DecoderKernels decoder_pieces[] = {pieces_of<PairsHead, BF16>(), pieces_of<AnyHead, float>()};
 

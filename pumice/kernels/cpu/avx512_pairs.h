@@ -31,6 +31,28 @@ inline void straighten(PairSums s, float* to) {
 
 inline __mmask32 first32(int64_t n) { return n >= 32 ? ~(__mmask32)0 : n > 0 ? ((__mmask32)1 << n) - 1 : 0; }
 
+template <>
+struct Row<Conv512, BF16, BF16> {
+  static inline void put(const BF16* from, int64_t stride, int64_t begin, int64_t end, int64_t width, BF16* to) {
+    if (stride > 2) {
+      for (int64_t k = 0; k < width; ++k) to[k] = k >= begin && k < end ? from[k * stride] : BF16{};
+      return;
+    }
+    const __m512i even = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24, 22, 20,
+                                          18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    for (int64_t k = 0; k < width; k += 32) {
+      const __mmask32 inside = first32(end - k) & ~first32(begin - k);
+      if (stride == 1) {
+        _mm512_storeu_si512(to + k, _mm512_maskz_loadu_epi16(inside, from + k));
+      } else {
+        const __m512i a = _mm512_maskz_loadu_epi16(_pdep_u32(inside & 0xffff, 0x55555555), from + 2 * k);
+        const __m512i b = _mm512_maskz_loadu_epi16(_pdep_u32(inside >> 16, 0x55555555), from + 2 * k + 32);
+        _mm512_storeu_si512(to + k, _mm512_permutex2var_epi16(a, even, b));
+      }
+    }
+  }
+};
+
 // As fill_panel of conv_kernel.h, 32 N positions of which have room.
 template <int N>
 inline void fill_pair_panel(const Convolved& job, const BF16* image, int64_t first, int64_t last, int64_t q, int64_t n,
@@ -101,7 +123,7 @@ inline void pair_block(const Convolved& job, int64_t image, int64_t q, int64_t n
                        float* sums) {
   const Taps& w = *job.w;
   const Conv& conv = *job.conv;
-  const BF16* x = (const BF16*)job.planes + image * conv.C * job.channel;
+  const BF16* x = (const BF16*)job.planes;
   const int64_t columns = conv.out[1], plane = conv.out[0] * columns;
   BF16* y = (BF16*)job.y + (image * w.O + begin) * plane;
   const BF16* add = conv.add ? (const BF16*)conv.add + (image * w.O + begin) * plane : nullptr;

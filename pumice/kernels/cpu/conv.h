@@ -37,11 +37,29 @@ struct Conv {
   const void* add;           // like y, added before; or null
 };
 
+// A phase that some tap reads: row r and column c of it are row `row + r * stride` and column `c * stride - shift` of x, which has
+// columns [begin, end) of it; where there is none, there are zeros.
+struct Phase {
+  int64_t row, shift, begin, end;
+};
+
+// How the planes of one image are laid out.
+struct Planes {
+  const Conv* conv;
+  int64_t channel;           // numbers to the next channel
+  int64_t rows, width;       // of a phase
+  int64_t phases;
+  Phase phase[kMostTaps];
+};
+
+// Numbers that may be written behind the planes.
+constexpr int64_t kSpill = 64;
+
 // What a kernel needs for one call.
 struct Convolved {
   const Taps* w;
   const Conv* conv;
-  const void* planes;        // [N, C, phases, plane], in fp32 or bf16 as the kernel reads it
+  const void* planes;        // of the image: [C, phases, plane], in fp32 or bf16 as the kernel reads it
   int64_t channel;           // numbers to the next channel
   const int64_t* shifts;     // [taps] from the beginning of a channel to a tap's first number
   int64_t taps, width, positions;  // width of a row, and positions of a plane
@@ -59,10 +77,14 @@ static inline int64_t block_begin(const Convolved& job, int64_t k) {
 // and `sums` for those of each output.
 typedef void (*ConvProduct)(const Convolved&, int64_t block, int64_t begin, int64_t end, void* panel, float* sums);
 
+// Rows [begin, end) of all phases of an image x, to `planes`; some numbers behind them are overwritten, up to kSpill.
+typedef void (*LayOut)(const Planes&, const void* x, int64_t begin, int64_t end, void* planes);
+
 struct ConvKernel {
   ConvProduct product;
+  LayOut lay_out;
   int64_t lanes, positions;  // of a register, and of a block at most
-  bool narrow;               // reads x in bf16
+  int64_t size;              // bytes of a number of x as it reads it
 };
 
 struct ConvKernels {

@@ -10,6 +10,41 @@ namespace {
 
 constexpr int64_t kPositions = 64;  // of a block, where x is read in fp32
 
+inline void copy(float from, float* to) { *to = from; }
+inline void copy(BF16 from, float* to) { *to = widen(from); }
+inline void copy(BF16 from, BF16* to) { *to = from; }
+
+// A row of a phase: columns [begin, end) from every `stride`-th number of x, the others zeros. `from` is where x would have column 0.
+template <class Isa, class From, class To>
+struct Row {
+  static inline void put(const From* from, int64_t stride, int64_t begin, int64_t end, int64_t width, To* to) {
+    for (int64_t k = 0; k < begin; ++k) to[k] = To{};
+    if (stride == 1)
+      for (int64_t k = begin; k < end; ++k) copy(from[k], to + k);
+    else
+      for (int64_t k = begin; k < end; ++k) copy(from[k * stride], to + k);
+    for (int64_t k = end; k < width; ++k) to[k] = To{};
+  }
+};
+
+// In the order of addresses: a row may write behind its end.
+template <class Isa, class From, class To>
+void lay_out(const Planes& planes, const void* x, int64_t begin, int64_t end, void* out) {
+  const Conv& conv = *planes.conv;
+  for (int64_t c = 0; c < conv.C; ++c)
+    for (int64_t p = 0; p < planes.phases; ++p) {
+      const Phase& phase = planes.phase[p];
+      const From* channel = (const From*)x + c * conv.H * conv.W - phase.shift;
+      To* to = (To*)out + c * planes.channel + (p * planes.rows + begin) * planes.width;
+      for (int64_t r = begin; r < end; ++r, to += planes.width) {
+        const int64_t row = phase.row + r * conv.stride[0];
+        const bool there = row >= 0 && row < conv.H;
+        Row<Isa, From, To>::put(there ? channel + row * conv.W : channel, conv.stride[1], there ? phase.begin : 0,
+                                there ? phase.end : 0, planes.width, to);
+      }
+    }
+}
+
 inline float clamped(float v, float least, float most) {
   v = v < least ? least : v;  // a NaN stays one
   return v > most ? most : v;
@@ -113,7 +148,7 @@ inline void conv_block(const Convolved& job, int64_t image, int64_t q, int64_t n
   constexpr int R = 16 * N / Isa::kLanes, L = Isa::kLanes;
   const Taps& w = *job.w;
   const Conv& conv = *job.conv;
-  const float* x = (const float*)job.planes + image * conv.C * job.channel;
+  const float* x = (const float*)job.planes;
   const int64_t plane = conv.out[0] * conv.out[1];
   T* y = (T*)job.y + (image * w.O + begin) * plane;
   const T* add = conv.add ? (const T*)conv.add + (image * w.O + begin) * plane : nullptr;
@@ -154,7 +189,8 @@ void conv_product(const Convolved& job, int64_t block, int64_t begin, int64_t en
 
 template <class Isa>
 constexpr ConvKernels conv_kernels() {
-  return {{{conv_product<Isa, BF16>, 16, kPositions, false}, {conv_product<Isa, float>, 16, kPositions, false}}};
+  return {{{conv_product<Isa, BF16>, lay_out<Isa, BF16, float>, 16, kPositions, 4},
+           {conv_product<Isa, float>, lay_out<Isa, float, float>, 16, kPositions, 4}}};
 }
 
 }  // namespace
