@@ -11,6 +11,7 @@ Legend: N images, C channels, H rows, W columns, O outputs, I = C x kernel posit
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -97,45 +98,51 @@ class ConvPlan:
             raise PumiceError(f"layout={packed.layout!r} of shape {packed.shape} is damaged: {error}.") from None
 
 
-def _prepare(packed: Packed, bias: Tensor | None) -> Run:
-    plan, native = ConvPlan(packed, bias), cpu_backend.native
-    outputs, inputs = plan.shape
-    known: dict[tuple[torch.Size, Convolution], tuple[tuple[int, ...], tuple[int, ...]]] = {}
+def runs(shape: tuple[int, int], dtype: torch.dtype, handle: Callable[[int], Any]) -> Run:
+    """`run(x_NCHW, how, add_NOHW)` of a matrix of that shape; `handle(taps)` is its plan for kernels of so many positions."""
+    native: Any = cpu_backend.native
+    outputs, inputs = shape
+    known: dict[tuple[torch.Size, Convolution], tuple[Any, tuple[int, ...], tuple[int, ...]]] = {}
 
-    def sizes(shape: torch.Size, how: Convolution) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shape of y, and the kernel's numbers."""
+    def sizes(shape: torch.Size, how: Convolution) -> tuple[Any, tuple[int, ...], tuple[int, ...]]:
+        """The plan, the shape of y, and the kernel's numbers."""
         images, channels, *size = shape
-        out = how.output(size[0], size[1])
-        if channels * how.kernel_size[0] * how.kernel_size[1] != inputs or 0 in out:
+        out, taps = how.output(size[0], size[1]), how.kernel_size[0] * how.kernel_size[1]
+        if channels * taps != inputs or 0 in out:
             raise PumiceError(f"x is {tuple(shape)}: {how} with {inputs} inputs does not fit it.")
         numbers = (*how.kernel_size, *how.stride, *how.before, *how.dilation, *out, *map(_bits, how.clamp))
         if len(known) >= MOST_REMEMBERED:
             known.clear()
-        known[shape, how] = found = (images, outputs, *out), (*shape, *numbers)
+        known[shape, how] = found = handle(taps), (images, outputs, *out), (*shape, *numbers)
         return found
 
     def run(x_NCHW: Tensor, how: Convolution, add_NOHW: Tensor | None = None) -> Tensor:
-        if x_NCHW.dim() != 4 or x_NCHW.dtype is not plan.dtype or not x_NCHW.is_cpu:
+        if x_NCHW.dim() != 4 or x_NCHW.dtype is not dtype or not x_NCHW.is_cpu:
             raise PumiceError(
                 f"x is {tuple(x_NCHW.shape)} {x_NCHW.dtype} on {x_NCHW.device}: this convolution takes "
-                f"[N, C, H, W] {plan.dtype} on cpu."
+                f"[N, C, H, W] {dtype} on cpu."
             )
-        shape, numbers = known.get((x_NCHW.shape, how)) or sizes(x_NCHW.shape, how)
+        plan, shape, numbers = known.get((x_NCHW.shape, how)) or sizes(x_NCHW.shape, how)
         x_NCHW = x_NCHW.contiguous()
-        y_NOHW = torch.empty(shape, dtype=plan.dtype)
+        y_NOHW = torch.empty(shape, dtype=dtype)
         add = 0
         if add_NOHW is not None:
-            if add_NOHW.shape != y_NOHW.shape or add_NOHW.dtype is not plan.dtype:
+            if add_NOHW.shape != y_NOHW.shape or add_NOHW.dtype is not dtype:
                 raise PumiceError(f"add is {tuple(add_NOHW.shape)} {add_NOHW.dtype}: y is {tuple(y_NOHW.shape)}.")
             add_NOHW = add_NOHW.contiguous()
             add = add_NOHW.data_ptr()
-        native.run_conv(plan.handle, x_NCHW.data_ptr(), y_NOHW.data_ptr(), add, *numbers, torch.get_num_threads())
+        native.run_conv(plan, x_NCHW.data_ptr(), y_NOHW.data_ptr(), add, *numbers, torch.get_num_threads())
         return y_NOHW
 
     return run
 
 
-def _refuse(call: Call) -> str | None:
+def _prepare(packed: Packed, bias: Tensor | None) -> Run:
+    plan = ConvPlan(packed, bias)
+    return runs(plan.shape, plan.dtype, lambda _: plan.handle)
+
+
+def refuse(call: Call) -> str | None:
     if call.params.get("groups", 1) != 1:
         return f"a convolution in {call.params['groups']} groups stays dense"
     if not call.params.get("zeros", 1):
@@ -155,4 +162,4 @@ def _extra(packed: Packed) -> int:
 
 _SUMMARY = "C++: a copy in the order of the taps, channels first, only nonzeros multiplied"
 for _layout in LAYOUTS:
-    register(Backend("taps", "conv2d", _layout, _refuse, _prepare, 30, _SUMMARY, _extra))
+    register(Backend("taps", "conv2d", _layout, refuse, _prepare, 30, _SUMMARY, _extra))

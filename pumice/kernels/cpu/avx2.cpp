@@ -243,6 +243,11 @@ struct Conv256 {
   typedef __m256 Reg;
   static constexpr int kLanes = 8;
   static Reg get(const float* p) { return _mm256_loadu_ps(p); }
+  // The first n numbers.
+  static Reg get(const float* p, int64_t n) {
+    const __m256i place = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), there = _mm256_set1_epi32(n > 8 ? 8 : n > 0 ? (int)n : 0);
+    return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(there, place));
+  }
   static void put(float* p, Reg r) { _mm256_storeu_ps(p, r); }
   static Reg spread(float v) { return _mm256_set1_ps(v); }
   static Reg fma(Reg sum, Reg w, Reg x) { return _mm256_fmadd_ps(w, x, sum); }

@@ -176,5 +176,71 @@ void pair_product(const Convolved& job, int64_t block, int64_t begin, int64_t en
   }
 }
 
+// A bundle at 32 positions, with every number of x in a pair of columns.
+PUMICE_APART void pair_strip(const Convolved& job, int64_t image, int64_t q, int64_t n, int64_t bundle) {
+  const Bundles& w = *job.bundles;
+  const Conv& conv = *job.conv;
+  const BF16* x = (const BF16*)job.planes + q;
+  const __mmask32 inside = first32(n);
+  PairSums sums[kBundle];
+  PUMICE_UNROLL
+  for (int o = 0; o < kBundle; ++o) {
+    const int64_t output = bundle * kBundle + o;
+    sums[o].low = sums[o].high = _mm512_set1_ps(w.bias && output < w.O ? w.bias[output] : 0.0f);
+  }
+  const int64_t first = w.starts[bundle], last = w.starts[bundle + 1];
+  const BF16* value = (const BF16*)w.values + first * kBundle * 2;
+  auto column = [&](uint32_t code) {
+    return _mm512_maskz_loadu_epi16(inside, x + (int64_t)(code / kMostTaps) * job.channel + job.shifts[code % kMostTaps]);
+  };
+  auto multiply = [&](__m512i one, __m512i two) {
+    const __m512bh low = pairs(_mm512_unpacklo_epi16(one, two)), high = pairs(_mm512_unpackhi_epi16(one, two));
+    PUMICE_UNROLL
+    for (int o = 0; o < kBundle; ++o) {
+      const __m512bh v = pairs(_mm512_set1_epi32(pair_at<true>(value + 2 * o)));
+      sums[o].low = _mm512_dpbf16_ps(sums[o].low, v, low);
+      sums[o].high = _mm512_dpbf16_ps(sums[o].high, v, high);
+    }
+    value += 2 * kBundle;
+  };
+  const bool odd = last > first && w.codes[2 * last - 1] == kNoColumn;
+  for (int64_t s = first; s < last - odd; ++s) multiply(column(w.codes[2 * s]), column(w.codes[2 * s + 1]));
+  if (odd) multiply(column(w.codes[2 * last - 2]), _mm512_setzero_si512());
+
+  // Which of the positions are outputs; those lie one after another in y.
+  __mmask32 outputs = 0;
+  int64_t place = -1;
+  each_run(job, q, n, [&](int64_t k, int64_t at, int64_t there) {
+    outputs |= first32(there) << k;
+    if (place < 0) place = at;
+  });
+  if (place < 0) return;
+  const __mmask32 count = first32(__builtin_popcount(outputs));
+  const int64_t plane = conv.out[0] * conv.out[1];
+  const __m512 least = _mm512_set1_ps(conv.least), most = _mm512_set1_ps(conv.most);
+  PUMICE_UNROLL
+  for (int o = 0; o < kBundle; ++o) {
+    const int64_t output = bundle * kBundle + o;
+    if (output >= w.O) break;
+    const int64_t at = (image * w.O + output) * plane + place;
+    PairSums sum = sums[o];
+    if (conv.add) {
+      const __m512i given = _mm512_maskz_loadu_epi16(count, (const BF16*)conv.add + at);
+      const __m512i add = _mm512_maskz_expand_epi16(outputs, given), none = _mm512_setzero_si512();
+      sum.low = _mm512_add_ps(sum.low, _mm512_castsi512_ps(_mm512_unpacklo_epi16(none, add)));
+      sum.high = _mm512_add_ps(sum.high, _mm512_castsi512_ps(_mm512_unpackhi_epi16(none, add)));
+    }
+    const __m512i done = interleaved(sum, least, most);
+    _mm512_mask_storeu_epi16((BF16*)job.y + at, count, _mm512_maskz_compress_epi16(outputs, done));
+  }
+}
+
+void pair_bundles(const Convolved& job, int64_t block, int64_t begin, int64_t end, void*, float*) {
+  const int64_t image = block / job.blocks, k = block % job.blocks, first = block_begin(job, k);
+  const int64_t stop = k + 1 < job.blocks ? block_begin(job, k + 1) : job.positions;
+  for (int64_t b = begin; b < end; ++b)
+    for (int64_t q = first; q < stop; q += 32) pair_strip(job, image, q, stop - q < 32 ? stop - q : 32, b);
+}
+
 }  // namespace
 }  // namespace pumice

@@ -18,6 +18,7 @@ struct Job {
   const char* x;
   int64_t image;       // bytes of x of one image
   bool as_it_is;       // x is read where it lies
+  int64_t chunks;      // of outputs
   int64_t pieces;
   bool out_of_memory;
 };
@@ -30,16 +31,21 @@ int64_t cost_before(const Taps& w, int64_t k) {
   return cost;
 }
 
+int64_t cost_before(const Bundles& w, int64_t k) { return w.starts[k] + 4 * k; }
+
+int64_t cost_before(const Job& job, int64_t k) {
+  return job.all.w ? cost_before(*job.all.w, k) : cost_before(*job.all.bundles, k);
+}
+
 // Where piece `k` begins: block and chunk of outputs.
 void piece_begin(const Job& job, int64_t k, int64_t* block, int64_t* chunk) {
-  const Taps& w = *job.all.w;
-  const int64_t chunks = (w.O + kOutputs - 1) / kOutputs, whole = cost_before(w, chunks);
+  const int64_t chunks = job.chunks, whole = cost_before(job, chunks);
   const int64_t blocks = job.all.conv->N * job.all.blocks;
   // In units of a block's cost, since the product of all could be too large.
   *block = blocks * k / job.pieces;
   const double part = (double)blocks * (double)k / (double)job.pieces - (double)*block;
   *chunk = 0;
-  while (*chunk < chunks && (double)cost_before(w, *chunk + 1) <= part * (double)whole) ++*chunk;
+  while (*chunk < chunks && (double)cost_before(job, *chunk + 1) <= part * (double)whole) ++*chunk;
   if (*chunk == chunks) ++*block, *chunk = 0;
 }
 
@@ -48,12 +54,12 @@ int64_t block_end(const Convolved& job, int64_t k) { return k + 1 < job.blocks ?
 // Each thread lays out what it reads itself: other threads' caches are farther than the work is long.
 void product_pieces(int64_t first, int64_t last, void* context) {
   Job& job = *(Job*)context;
-  const Taps& w = *job.all.w;
+  const Taps* w = job.all.w;
   const int64_t positions = job.kernel->positions, blocks = job.all.blocks, planes = job.all.conv->C * job.all.channel;
-  void* panel = scratch(0, (size_t)(w.part * positions) * sizeof(float));
-  float* sums = (float*)scratch(2, (size_t)(w.O * positions) * sizeof(float));
+  void* panel = w ? scratch(0, (size_t)(w->part * positions) * sizeof(float)) : nullptr;
+  float* sums = w ? (float*)scratch(2, (size_t)(w->O * positions) * sizeof(float)) : nullptr;
   void* laid = job.as_it_is ? nullptr : scratch(1, (size_t)((planes + kSpill) * job.kernel->size));
-  if (!panel || !sums || !(laid || job.as_it_is)) {
+  if ((w && !(panel && sums)) || !(laid || job.as_it_is)) {
     job.out_of_memory = true;
     return;
   }
@@ -72,18 +78,19 @@ void product_pieces(int64_t first, int64_t last, void* context) {
       mine.planes = laid;
     }
     for (; block < end; ++block, chunk = 0) {
-      const int64_t outputs = block == last_block ? std::min(w.O, last_chunk * kOutputs) : w.O;
-      job.kernel->product(mine, block, chunk * kOutputs, outputs, panel, sums);
+      const int64_t last_one = block == last_block ? last_chunk : job.chunks;
+      if (w)
+        job.kernel->product(mine, block, chunk * kOutputs, std::min(w->O, last_one * kOutputs), panel, sums);
+      else
+        job.kernel->product(mine, block, chunk, last_one, panel, sums);
     }
   }
 }
 
-}  // namespace
-
-bool run_conv(const Taps& w, const ConvKernels& kernels, const Conv& conv, const void* x, void* y, int64_t threads) {
-  Job job = {};
+// `job` knows the matrix, its chunks and its kernel; `count` products for each position.
+bool run(Job& job, const Conv& conv, int64_t O, int dtype, int64_t count, const void* x, void* y, int64_t threads) {
   const int64_t taps = conv.kernel[0] * conv.kernel[1];
-  if (conv.N == 0 || w.O == 0 || conv.out[0] == 0 || conv.out[1] == 0) return true;
+  if (conv.N == 0 || O == 0 || conv.out[0] == 0 || conv.out[1] == 0) return true;
   int64_t shifts[kMostTaps], phase_of[kMostTaps];
   Planes& planes = job.planes;
   planes.conv = &conv;
@@ -106,19 +113,32 @@ bool run_conv(const Taps& w, const ConvKernels& kernels, const Conv& conv, const
   }
   for (int64_t t = 0; t < taps; ++t) shifts[t] += phase_of[t] * planes.rows * planes.width;
   Convolved& all = job.all;
-  job.kernel = &kernels.of[w.dtype];
-  const int64_t size = w.dtype == kF32 ? sizeof(float) : sizeof(BF16);
+  const int64_t size = dtype == kF32 ? sizeof(float) : sizeof(BF16);
   job.x = (const char*)x, job.image = conv.C * conv.H * conv.W * size;
-  all.w = &w, all.conv = &conv, all.shifts = shifts, all.taps = taps, all.y = y, all.width = planes.width;
+  all.conv = &conv, all.shifts = shifts, all.taps = taps, all.y = y, all.width = planes.width;
   all.positions = (conv.out[0] - 1) * planes.width + conv.out[1];
   all.blocks = (all.positions + job.kernel->positions - 1) / job.kernel->positions, all.lanes = job.kernel->lanes;
   all.channel = planes.channel = planes.phases * planes.rows * planes.width;
-  const int64_t work = std::max<int64_t>(w.count, w.O) * all.positions * conv.N;
+  const int64_t work = std::max<int64_t>(count, O) * all.positions * conv.N;
   job.as_it_is = job.kernel->size == size && planes.phases == 1 && conv.stride[0] == 1 && conv.stride[1] == 1 &&
                  conv.before[0] == 0 && conv.before[1] == 0 && planes.rows == conv.H && planes.width == conv.W;
   job.pieces = std::max<int64_t>(1, std::min(work / kWorkPerThread, threads));
   parallel(job.pieces, product_pieces, &job);
   return !job.out_of_memory;
+}
+
+}  // namespace
+
+bool run_conv(const Taps& w, const ConvKernels& kernels, const Conv& conv, const void* x, void* y, int64_t threads) {
+  Job job = {};
+  job.all.w = &w, job.chunks = (w.O + kOutputs - 1) / kOutputs, job.kernel = &kernels.of[w.dtype];
+  return run(job, conv, w.O, w.dtype, w.count, x, y, threads);
+}
+
+bool run_conv(const Bundles& w, const ConvKernels& kernels, const Conv& conv, const void* x, void* y, int64_t threads) {
+  Job job = {};
+  job.all.bundles = &w, job.chunks = bundle_count(w), job.kernel = &kernels.bundles[w.dtype];
+  return run(job, conv, w.O, w.dtype, 2 * kBundle * w.count, x, y, threads);
 }
 
 }  // namespace pumice

@@ -29,6 +29,22 @@ struct Taps {
 
 static inline int64_t part_count(const Taps& w) { return (w.I + w.part - 1) / w.part; }
 
+// The same matrix where eight outputs at a time, a bundle, share their columns: those that any of them has. Numbers of x are then
+// read once for eight outputs, and their sums stay in registers from the first column to the last.
+constexpr int64_t kBundle = 8;
+constexpr uint32_t kNoColumn = ~0u;
+
+struct Bundles {
+  const void* values;        // [steps, kBundle, 2]
+  const uint32_t* codes;     // [steps, 2]: kMostTaps times the channel, and the tap. kNoColumn: a bundle's last step is of one column
+  const int32_t* starts;     // [bundles + 1] into steps
+  const float* bias;         // [O] or null
+  int64_t O, I, taps, count; // `count` steps
+  int dtype;
+};
+
+static inline int64_t bundle_count(const Bundles& w) { return (w.O + kBundle - 1) / kBundle; }
+
 // What is convolved, and how.
 struct Conv {
   int64_t N, C, H, W;        // of x
@@ -57,7 +73,8 @@ constexpr int64_t kSpill = 64;
 
 // What a kernel needs for one call.
 struct Convolved {
-  const Taps* w;
+  const Taps* w;             // or null:
+  const Bundles* bundles;
   const Conv* conv;
   const void* planes;        // of the image: [C, phases, plane], in fp32 or bf16 as the kernel reads it
   int64_t channel;           // numbers to the next channel
@@ -73,7 +90,7 @@ static inline int64_t block_begin(const Convolved& job, int64_t k) {
   return registers * k / job.blocks * job.lanes;
 }
 
-// Outputs [begin, end) of a block of all images' blocks; `panel` has room for the columns of a part at all positions of a block,
+// Outputs [begin, end), or bundles, of a block of all images' blocks; `panel` has room for the columns of a part at all positions of a block,
 // and `sums` for those of each output.
 typedef void (*ConvProduct)(const Convolved&, int64_t block, int64_t begin, int64_t end, void* panel, float* sums);
 
@@ -88,7 +105,7 @@ struct ConvKernel {
 };
 
 struct ConvKernels {
-  ConvKernel of[2];          // by dtype: bf16, fp32
+  ConvKernel of[2], bundles[2];  // by dtype: bf16, fp32
 };
 
 // Null where this build has no such code.
@@ -99,5 +116,6 @@ const ConvKernels* avx512_bf16_conv();
 
 // y [N, O, *out] of x [N, C, H, W]; false when memory ran out.
 bool run_conv(const Taps&, const ConvKernels&, const Conv&, const void* x, void* y, int64_t threads);
+bool run_conv(const Bundles&, const ConvKernels&, const Conv&, const void* x, void* y, int64_t threads);
 
 }  // namespace pumice

@@ -187,10 +187,82 @@ void conv_product(const Convolved& job, int64_t block, int64_t begin, int64_t en
   }
 }
 
+// A bundle in fp32 at the positions [q, q + n), K of its outputs at a time.
+template <class Isa, class T, bool kWhole>
+PUMICE_APART void bundle_strip(const Convolved& job, int64_t image, int64_t q, int64_t n, int64_t bundle) {
+  constexpr int R = 2, L = Isa::kLanes, K = Isa::kLanes / 2;
+  static_assert(kBundle % K == 0, "a bundle is whole passes");
+  const Bundles& w = *job.bundles;
+  const Conv& conv = *job.conv;
+  const float* x = (const float*)job.planes + q;
+  const int64_t plane = conv.out[0] * conv.out[1];
+  auto get = [=](const float* from, int r) {
+    return kWhole ? Isa::get(from + r * L) : Isa::get(from + r * L, n - r * L);
+  };
+  for (int64_t pass = 0; pass < kBundle && bundle * kBundle + pass < w.O; pass += K) {
+    typename Isa::Reg acc[K][R];
+    PUMICE_UNROLL
+    for (int o = 0; o < K; ++o) {
+      const int64_t output = bundle * kBundle + pass + o;
+      PUMICE_UNROLL
+      for (int r = 0; r < R; ++r) acc[o][r] = Isa::spread(w.bias && output < w.O ? w.bias[output] : 0.0f);
+    }
+    for (int64_t s = w.starts[bundle]; s < w.starts[bundle + 1]; ++s) {
+      const T* value = (const T*)w.values + (s * kBundle + pass) * 2;
+      PUMICE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t code = w.codes[2 * s + half];
+        if (code == kNoColumn) break;
+        const float* from = x + (int64_t)(code / kMostTaps) * job.channel + job.shifts[code % kMostTaps];
+        typename Isa::Reg v[R];
+        PUMICE_UNROLL
+        for (int r = 0; r < R; ++r) v[r] = get(from, r);
+        PUMICE_UNROLL
+        for (int o = 0; o < K; ++o) {
+          const typename Isa::Reg b = Isa::spread(widen(value[2 * o + half]));
+          PUMICE_UNROLL
+          for (int r = 0; r < R; ++r) acc[o][r] = Isa::fma(acc[o][r], b, v[r]);
+        }
+      }
+    }
+    PUMICE_UNROLL
+    for (int o = 0; o < K; ++o) {
+      const int64_t output = bundle * kBundle + pass + o;
+      if (output >= w.O) break;
+      float sums[R * L];
+      PUMICE_UNROLL
+      for (int r = 0; r < R; ++r) Isa::put(sums + r * L, acc[o][r]);
+      const int64_t at = (image * w.O + output) * plane;
+      put_positions<T>(job, sums, q, n, (T*)job.y + at, conv.add ? (const T*)conv.add + at : nullptr);
+    }
+  }
+}
+
+template <class Isa, class T>
+void bundle_product(const Convolved& job, int64_t block, int64_t begin, int64_t end, void*, float*) {
+  constexpr int64_t kStrip = 2 * Isa::kLanes;
+  const int64_t image = block / job.blocks, k = block % job.blocks, first = block_begin(job, k);
+  const int64_t stop = k + 1 < job.blocks ? block_begin(job, k + 1) : job.positions;
+  for (int64_t b = begin; b < end; ++b)
+    for (int64_t q = first; q < stop; q += kStrip)
+      if (stop - q >= kStrip)
+        bundle_strip<Isa, T, true>(job, image, q, kStrip, b);
+      else
+        bundle_strip<Isa, T, false>(job, image, q, stop - q, b);
+}
+
+constexpr int64_t kBundlePositions = 128;
+
+template <class Isa, class T>
+constexpr ConvKernel bundle_kernel() {
+  return {bundle_product<Isa, T>, lay_out<Isa, T, float>, 2 * Isa::kLanes, kBundlePositions, 4};
+}
+
 template <class Isa>
 constexpr ConvKernels conv_kernels() {
   return {{{conv_product<Isa, BF16>, lay_out<Isa, BF16, float>, 16, kPositions, 4},
-           {conv_product<Isa, float>, lay_out<Isa, float, float>, 16, kPositions, 4}}};
+           {conv_product<Isa, float>, lay_out<Isa, float, float>, 16, kPositions, 4}},
+          {bundle_kernel<Isa, BF16>(), bundle_kernel<Isa, float>()}};
 }
 
 }  // namespace

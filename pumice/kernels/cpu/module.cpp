@@ -89,6 +89,11 @@ struct Plan<Taps> {
 };
 
 template <>
+struct Plan<Bundles> {
+  static constexpr const char* name = "pumice._native.bundles";
+};
+
+template <>
 struct Plan<Lanes> {
   static constexpr const char* name = "pumice._native.lanes";
 };
@@ -422,11 +427,37 @@ PyObject* plan_taps(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return plan_of(w, w.dtype);
 }
 
+// plan_bundles(values, steps, codes, starts, bias or 0, O, I, taps, dtype) -> plan
+PyObject* plan_bundles(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long v[9];
+  if (!integers(args, count, 9, v)) return nullptr;
+  Bundles w = {};
+  w.values = address<void>(v[0]), w.count = v[1], w.codes = address<uint32_t>(v[2]), w.starts = address<int32_t>(v[3]);
+  w.bias = address<float>(v[4]), w.O = v[5], w.I = v[6], w.taps = v[7], w.dtype = (int)v[8];
+  bool fits = w.O >= 0 && w.I > 0 && w.taps > 0 && w.taps <= kMostTaps && (w.dtype == kBF16 || w.dtype == kF32) && w.starts[0] == 0;
+  const int64_t bundles = fits ? bundle_count(w) : 0;
+  for (int64_t b = 0; fits && b < bundles; ++b) {
+    fits = w.starts[b] <= w.starts[b + 1] && w.starts[b + 1] <= w.count;
+    for (int64_t at = 2 * (int64_t)w.starts[b], end = 2 * (int64_t)w.starts[b + 1]; fits && at < end; ++at) {
+      const uint32_t code = w.codes[at];
+      const int64_t tap = code % kMostTaps;
+      fits = code == kNoColumn ? at == end - 1 : tap < w.taps && (int64_t)(code / kMostTaps) * w.taps + tap < w.I;
+    }
+  }
+  if (!fits || w.starts[bundles] != w.count) {
+    PyErr_SetString(PyExc_ValueError, "the positions do not match the matrix");
+    return nullptr;
+  }
+  return plan_of(w, w.dtype);
+}
+
 // run_conv(plan, x, y, add or 0, N, C, H, W, kernel, stride, before, dilation, out: rows and columns, least, most: bits of
 // float32, threads)
 PyObject* run_conv_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
   long long v[20];
-  const Taps* w = count ? (const Taps*)PyCapsule_GetPointer(args[0], Plan<Taps>::name) : nullptr;
+  const bool bundled = count && PyCapsule_IsValid(args[0], Plan<Bundles>::name);
+  const Bundles* bundles = bundled ? (const Bundles*)PyCapsule_GetPointer(args[0], Plan<Bundles>::name) : nullptr;
+  const Taps* w = count && !bundled ? (const Taps*)PyCapsule_GetPointer(args[0], Plan<Taps>::name) : nullptr;
   if (PyErr_Occurred() || !integers(args + 1, count - 1, 20, v)) return nullptr;
   Conv c = {};
   c.add = address<void>(v[2]), c.N = v[3], c.C = v[4], c.H = v[5], c.W = v[6];
@@ -436,8 +467,8 @@ PyObject* run_conv_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   const int32_t bits[2] = {(int32_t)v[17], (int32_t)v[18]};
   memcpy(&c.least, bits, 4), memcpy(&c.most, bits + 1, 4);
-  bool fits = c.N >= 0 && c.C >= 0 && c.H >= 0 && c.W >= 0 && c.C * c.kernel[0] * c.kernel[1] == w->I &&
-              c.kernel[0] * c.kernel[1] <= kMostTaps;
+  bool fits = c.N >= 0 && c.C >= 0 && c.H >= 0 && c.W >= 0 && c.C * c.kernel[0] * c.kernel[1] == (bundled ? bundles->I : w->I) &&
+              c.kernel[0] * c.kernel[1] <= kMostTaps && (!bundled || c.kernel[0] * c.kernel[1] == bundles->taps);
   for (int a = 0; a < 2; ++a)
     fits = fits && c.kernel[a] > 0 && c.stride[a] > 0 && c.before[a] >= 0 && c.dilation[a] > 0 && c.out[a] >= 0;
   if (!fits) {
@@ -446,7 +477,9 @@ PyObject* run_conv_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   bool enough;
   Py_BEGIN_ALLOW_THREADS
-  enough = run_conv(*w, *active_conv, c, address<void>(v[0]), (void*)(intptr_t)v[1], v[19]);
+  const void* x = address<void>(v[0]);
+  void* y = (void*)(intptr_t)v[1];
+  enough = bundled ? run_conv(*bundles, *active_conv, c, x, y, v[19]) : run_conv(*w, *active_conv, c, x, y, v[19]);
   Py_END_ALLOW_THREADS
   if (!enough) return PyErr_NoMemory();
   Py_RETURN_NONE;
@@ -800,6 +833,8 @@ PyMethodDef methods[] = {
     {"run_tiles", fast(run_tiles_of), METH_FASTCALL, "(plan, x, rows, y, threads)"},
     {"plan_taps", fast(plan_taps), METH_FASTCALL,
      "(values, count, offsets, starts, order, bias, O, I, part, dtype) -> plan"},
+    {"plan_bundles", fast(plan_bundles), METH_FASTCALL,
+     "(values, steps, codes, starts, bias, O, I, taps, dtype) -> plan"},
     {"run_conv", fast(run_conv_of), METH_FASTCALL, "A convolution; see run_conv_of."},
     {"plan_lanes", fast(plan_lanes), METH_FASTCALL,
      "(codes, stored, scales, groups, order, steps, starts, sums, bias, O, I, group, height) -> plan"},

@@ -221,6 +221,11 @@ struct PlainConv {
     memcpy(r.v, p, sizeof r.v);
     return r;
   }
+  static Reg get(const float* p, int64_t n) {
+    Reg r = {};
+    if (n > 0) memcpy(r.v, p, sizeof(float) * (size_t)(n < 8 ? n : 8));
+    return r;
+  }
   static void put(float* p, const Reg& r) { memcpy(p, r.v, sizeof r.v); }
   static Reg spread(float v) { return {{v, v, v, v, v, v, v, v}}; }
   static Reg fma(Reg sum, const Reg& w, const Reg& x) {
