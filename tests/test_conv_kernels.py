@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pumice.core import dispatch
 from pumice.core.convolution import Convolution
 from pumice.core.errors import PumiceError
-from pumice.kernels import conv_cpu, cpu_backend, reference
+from pumice.kernels import conv_bundles, conv_cpu, cpu_backend, reference
 from pumice.weights.layouts import base
 from pumice.weights.modules import SparseConv2d
 from tests.test_kernels import mask_of, needs_native
@@ -67,8 +67,14 @@ def nbytes(tensors):
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def taps(packed, bias=None):
-    return dispatch.get("conv2d", packed.layout, "taps").prepare(packed, bias)
+@pytest.fixture(params=["taps", "bundles"])
+def way(request):
+    """Each kernel of sparse convolutions."""
+    return request.param
+
+
+def bound(way, packed, bias=None):
+    return dispatch.get("conv2d", packed.layout, way).prepare(packed, bias)
 
 
 def exact(x, packed, bias, how, add=None):
@@ -99,17 +105,18 @@ def sweep(run, packed, bias, channels, size, how, variants=VARIANTS):
         close(y, exact(x, packed, held, full, add), packed.dtype)
 
 
-def check(packed, channels, size, how, variants=VARIANTS):
+def check(way, packed, channels, size, how, variants=VARIANTS):
     bias = torch.randn(packed.shape[0]).to(packed.dtype)
-    sweep({True: taps(packed, bias), False: taps(packed)}, packed, bias, channels, size, how, variants)
+    runs = {True: bound(way, packed, bias), False: bound(way, packed)}
+    sweep(runs, packed, bias, channels, size, how, variants)
 
 
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_instruction_set_convolves_any_shape(isa, dtype):
+def test_every_instruction_set_convolves_any_shape(isa, dtype, way):
     for outputs, channels, kernel, size, *settings in CASES:
         how = Convolution.of(kernel, *settings)
-        check(base.pack(weight(outputs, channels * math.prod(kernel), dtype), "csr"), channels, size, how)
+        check(way, base.pack(weight(outputs, channels * math.prod(kernel), dtype), "csr"), channels, size, how)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -123,40 +130,42 @@ def test_outputs_are_as_many_as_pytorch_says(case):
 
 @needs_native
 @pytest.mark.parametrize("density", [0.0, 0.02, 1.0])
-def test_weights_from_empty_to_full(isa, density):
+def test_weights_from_empty_to_full(isa, density, way):
     for dtype in DTYPES:
         for channels, kernel, padding in ((300, (1, 1), (0, 0)), (20, (3, 3), (1, 1))):
             w_OI = (torch.randn(70, channels * math.prod(kernel))).to(dtype)
             w_OI *= torch.rand(w_OI.shape) < density
-            check(base.pack(w_OI, "csr"), channels, (9, 8), Convolution(kernel, before=padding, after=padding))
+            check(way, base.pack(w_OI, "csr"), channels, (9, 8), Convolution(kernel, before=padding, after=padding))
 
 
 @needs_native
-def test_outputs_of_very_different_lengths(isa):
+def test_outputs_of_very_different_lengths(isa, way):
     for dtype in DTYPES:
         w_OI = torch.randn(150, 270) * (torch.rand(150, 270) < torch.rand(150, 1).square())
         w_OI[:, 128:256] = 0
         w_OI[64:128] = 0
-        check(base.pack(w_OI.to(dtype), "csr"), 30, (7, 9), Convolution((3, 3), before=(1, 1), after=(1, 1)))
+        check(way, base.pack(w_OI.to(dtype), "csr"), 30, (7, 9), Convolution((3, 3), before=(1, 1), after=(1, 1)))
 
 
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_is_convolved(layout, dtype):
+def test_every_layout_is_convolved(layout, dtype, way):
     params = LAYOUTS[layout]
     for channels, kernel, padding in ((8, (3, 3), (1, 1)), (40, (1, 1), (0, 0)), (4, (2, 2), "same")):
         inputs = channels * math.prod(kernel)
         w_OI = torch.where(mask_of(layout, 68, inputs, params, 0.4), torch.randn(68, inputs), 0.0).to(dtype)
         w_OI[:4] = 0
         packed = base.pack(w_OI, layout, **params)
-        check(packed, channels, (9, 7), Convolution.of(kernel, (1, 1), padding, (1, 1)))
-        assert dispatch.get("conv2d", layout, "taps").extra(packed) == nbytes(conv_cpu.taps_of(packed)) > 0
+        check(way, packed, channels, (9, 7), Convolution.of(kernel, (1, 1), padding, (1, 1)))
+        bundles = conv_bundles.bundles_of(packed)
+        held = nbytes(conv_cpu.taps_of(packed)) if way == "taps" else nbytes(bundles) + nbytes([bundles.columns_S2])
+        assert dispatch.get("conv2d", layout, way).extra(packed) == held > 0
 
 
 @needs_native
 @pytest.mark.parametrize("clamp", [PLAIN, RELU, RELU6], ids=["plain", "relu", "relu6"])
-def test_nan_stays_nan_where_it_is_read_and_nowhere_else(isa, clamp):
+def test_nan_stays_nan_where_it_is_read_and_nowhere_else(isa, clamp, way):
     for dtype in DTYPES:
         for size, kernel, stride, padding in (((8, 16), 1, 1, 0), ((7, 9), 3, 1, 1), ((9, 33), 3, 2, 0)):
             packed = base.pack(weight(70, 6 * kernel * kernel, dtype), "csr")
@@ -166,21 +175,25 @@ def test_nan_stays_nan_where_it_is_read_and_nowhere_else(isa, clamp):
             add = torch.randn(2, 70, *how.output(*size)).to(dtype)
             added = add.clone()
             added[1, 3, 0, 0] = math.nan
-            read = base.unpack(packed).ne(0).double().unflatten(1, (6, kernel, kernel))
+            read = base.unpack(packed).ne(0)
+            if way == "bundles":
+                # What one of eight outputs reads, all of them read.
+                read = torch.cat([eight.any(0).expand_as(eight) for eight in read.split(8)])
+            read = read.double().unflatten(1, (6, kernel, kernel))
             touched = F.conv2d(x.isnan().double(), read, None, stride, padding) > 0
             assert touched.any()
             finite = exact(x.nan_to_num(), packed, None, how)
-            close(taps(packed)(x, how), finite.masked_fill(touched, math.nan), dtype, equal_nan=True)
+            close(bound(way, packed)(x, how), finite.masked_fill(touched, math.nan), dtype, equal_nan=True)
             finite = exact(x.nan_to_num(), packed, None, how, add).masked_fill(touched | added.isnan(), math.nan)
-            close(taps(packed)(x, how, added), finite, dtype, equal_nan=True)
+            close(bound(way, packed)(x, how, added), finite, dtype, equal_nan=True)
 
 
 @needs_native
-def test_infinite_numbers_are_clamped(isa):
+def test_infinite_numbers_are_clamped(isa, way):
     for dtype in DTYPES:
         for size in ((8, 8), (3, 3)):
             x = torch.tensor([math.inf, -math.inf]).to(dtype).view(2, 1, 1, 1).expand(2, 1, *size)
-            run = taps(base.pack(torch.ones(1, 1, dtype=dtype), "csr"))
+            run = bound(way, base.pack(torch.ones(1, 1, dtype=dtype), "csr"))
             for clamp, most in ((PLAIN, math.inf), (RELU, math.inf), (RELU6, 6.0)):
                 y = run(x, Convolution((1, 1), clamp=clamp))
                 assert (y[0] == most).all()
@@ -188,11 +201,14 @@ def test_infinite_numbers_are_clamped(isa):
 
 
 @needs_native
-def test_threads_change_no_bit(isa):
+def test_threads_change_no_bit(isa, way):
     for dtype in DTYPES:
         for outputs, images, size in ((130, 1, (33, 33)), (70, 3, (9, 40)), (65, 1, (3, 3)), (1, 5, (20, 70))):
             packed = base.pack(weight(outputs, 40 * 9, dtype), "csr")
-            run, how = taps(packed, torch.randn(outputs)), Convolution((3, 3), before=(1, 1), after=(1, 1), clamp=RELU)
+            run, how = (
+                bound(way, packed, torch.randn(outputs)),
+                Convolution((3, 3), before=(1, 1), after=(1, 1), clamp=RELU),
+            )
             x = torch.randn(images, 40, *size).to(dtype)
             found = []
             for threads in (1, 2, 7):
@@ -203,9 +219,9 @@ def test_threads_change_no_bit(isa):
 
 
 @needs_native
-def test_two_callers_at_once():
+def test_two_callers_at_once(way):
     packed, how = base.pack(weight(70, 180), "csr"), Convolution((3, 3), before=(1, 1), after=(1, 1))
-    run, inputs = taps(packed), [torch.randn(1, 20, 9 + k, 33) for k in range(8)]
+    run, inputs = bound(way, packed), [torch.randn(1, 20, 9 + k, 33) for k in range(8)]
     expected = [run(x, how) for x in inputs]
     with ThreadPoolExecutor(2) as pool:
         for _ in range(5):
@@ -214,14 +230,14 @@ def test_two_callers_at_once():
 
 
 @needs_native
-def test_no_images_give_no_images():
-    run = taps(base.pack(weight(5, 3), "csr"))
+def test_no_images_give_no_images(way):
+    run = bound(way, base.pack(weight(5, 3), "csr"))
     assert run(torch.empty(0, 3, 4, 4), Convolution((1, 1))).shape == (0, 5, 4, 4)
 
 
 @needs_native
-def test_inputs_that_do_not_fit_are_refused():
-    run, how = taps(base.pack(weight(6, 27), "csr")), Convolution((3, 3))
+def test_inputs_that_do_not_fit_are_refused(way):
+    run, how = bound(way, base.pack(weight(6, 27), "csr")), Convolution((3, 3))
     for x, message in (
         (torch.randn(3, 9, 9), r"\(3, 9, 9\)"),
         (torch.randn(1, 3, 9, 9, dtype=torch.float64), "float64"),
@@ -245,7 +261,9 @@ def test_inputs_that_do_not_fit_are_refused():
 
 def refusal(dtype=torch.float32, device="cpu", **params):
     call = dispatch.Call("conv2d", "csr", dtype, device, 1, (8, 8), params)
-    return {backend.name: reason for backend, reason in dispatch.candidates(call)}["taps"]
+    reasons = {backend.name: reason for backend, reason in dispatch.candidates(call)}
+    assert reasons["taps"] == reasons["bundles"]
+    return reasons["taps"]
 
 
 def test_reasons_to_refuse():
@@ -261,27 +279,57 @@ def test_reasons_to_refuse():
 
 @needs_native
 @pytest.mark.parametrize("column", [27, 127, 128, 5000])
-def test_damaged_columns_are_refused(column):
+def test_damaged_columns_are_refused(column, way):
     packed = base.pack(weight(70, 27), "csr")
     columns = packed.tensors["columns"].clone()
     columns[-1] = column
     damaged = base.Packed("csr", packed.shape, packed.dtype, {**packed.tensors, "columns": columns})
     with pytest.raises(PumiceError, match=r"damaged|outside"):
-        taps(damaged)
+        bound(way, damaged)
 
 
 @needs_native
-def test_damaged_row_starts_are_refused():
+def test_damaged_row_starts_are_refused(way):
     packed = base.pack(weight(70, 27), "csr")
     for place, change in ((-1, -1), (-1, 5), (0, 1), (5, 100)):
         starts = packed.tensors["row_starts"].clone()
         starts[place] += change
         damaged = base.Packed("csr", packed.shape, packed.dtype, {**packed.tensors, "row_starts": starts})
         with pytest.raises(PumiceError, match=r"damaged|row"):
-            taps(damaged)
+            bound(way, damaged)
 
 
-@pytest.mark.parametrize("name", ["torch", "onednn"])
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_groups_of_outputs_are_multiplied_alone(isa, dtype):
+    for outputs, group in ((32, 16), (40, 8), (36, 4)):
+        kept = (torch.rand(-(-outputs // group), 90) < 0.3).repeat_interleave(group, 0)[:outputs]
+        packed = base.pack((torch.randn(outputs, 90) * kept).to(dtype), "csr")
+        check("bundles", packed, 10, (7, 9), Convolution((3, 3), before=(1, 1), after=(1, 1)))
+        if group >= 8:
+            assert conv_bundles.bundled_share(packed) == pytest.approx(float(kept.float().mean()))
+    # A dense weight has all its columns, zeros or not.
+    assert conv_bundles.bundled_share(base.pack(torch.zeros(9, 4), "dense")) == 1
+    assert (
+        conv_bundles.bundles_of(base.pack(torch.zeros(9, 5, dtype=dtype), "dense")).starts == torch.tensor([0, 3, 6])
+    ).all()
+
+
+@needs_native
+@pytest.mark.parametrize("codes", [[4, -1], [1024, 0], [0, 1024 * 3], [-1, 0], [0, -2]])
+def test_bundles_that_point_outside_are_refused(codes):
+    # 2 channels of 3 taps, in one step.
+    values, starts = torch.zeros(1, 8, 2), torch.tensor([0, 1], dtype=torch.int32)
+    codes = torch.tensor(codes, dtype=torch.int32)
+    args = values.data_ptr(), 1, codes.data_ptr(), starts.data_ptr(), 0, 8, 6, 3, 1
+    if codes.tolist() == [1024, 0]:
+        assert cpu_backend.native.plan_bundles(*args) is not None
+        args = (*args[:5], 8, 6, 2000, 1)
+    with pytest.raises(ValueError, match="do not match"):
+        cpu_backend.native.plan_bundles(*args)
+
+
+@pytest.mark.parametrize("name", ["torch", "onednn", "bundles"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dense_ways_compute_the_same(name, dtype):
     backend = dispatch.get("conv2d", "dense", name)

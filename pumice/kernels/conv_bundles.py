@@ -2,9 +2,9 @@
 
 A number of x is read once for the eight, and their sums stay in registers from the first column to the last; nothing is
 copied but x with its padding (`kernels/cpu/conv.h`). A bundle has the columns that any of its outputs has, so groups of 8 or
-16 outputs of one input and tap cost nothing beyond their nonzeros, a dense weight runs at the rate of the products, and zeros
-at random are mostly multiplied; which way is faster is for `pack` to measure. A zero of the weight times an x that is not
-finite is NaN, as in a dense convolution.
+16 outputs of one input and tap cost nothing beyond their nonzeros, and zeros at random are mostly multiplied; which way is
+faster is for `pack` to measure. There a zero of the weight times an x that is not finite is NaN, as in a dense convolution.
+In layout "dense" no zero is left out.
 Legend: O outputs, I = C x kernel positions, B bundles, S steps of two columns.
 """
 
@@ -21,7 +21,7 @@ from pumice.kernels import cpu_backend
 from pumice.kernels.conv_cpu import LAYOUTS, MOST_TAPS, refuse, runs
 from pumice.kernels.cpu_backend import CODES
 from pumice.kernels.derived import derived
-from pumice.weights.layouts.base import Packed, unpack
+from pumice.weights.layouts.base import Packed, unpack, validate
 
 BUNDLE, NO_COLUMN = 8, -1
 """As in `kernels/cpu/conv.h`, whose numbers without a sign these are."""
@@ -41,19 +41,28 @@ def bundles_of(packed: Packed) -> Bundles:
     Raises:
         PumiceError: positions that point outside of the matrix.
     """
-    return derived([next(iter(packed.tensors.values())), *packed.tensors.values()], lambda: _bundles(unpack(packed)))
+    # In another order than `taps_of`, since each first tensor keeps one thing.
+    return derived([*reversed(packed.tensors.values())], lambda: _bundles(packed))
 
 
-def _columns(w_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether a bundle has a column [B, I], and the weight in whole bundles [B, BUNDLE, I]."""
+def _whole(packed: Packed) -> tuple[Tensor, Tensor]:
+    """The weight in whole bundles [B, BUNDLE, I], and whether they have a column [B, I]."""
+    w_OI = unpack(packed).detach()
     outputs, inputs = w_OI.shape
     bundles = -(-outputs // BUNDLE)
     whole = torch.nn.functional.pad(w_OI, (0, 0, 0, bundles * BUNDLE - outputs)).view(bundles, BUNDLE, inputs)
-    return (whole != 0).any(1), whole
+    return whole, (whole != 0).any(1) | (packed.layout == "dense")
 
 
-def _bundles(w_OI: Tensor) -> Bundles:
-    there_BI, whole = _columns(w_OI)
+def bundled_share(packed: Packed) -> float:
+    """Of all numbers of a matrix, the share that is multiplied where it runs in bundles."""
+    _, there_BI = _whole(packed)
+    return float(there_BI.float().mean())
+
+
+def _bundles(packed: Packed) -> Bundles:
+    validate(packed)
+    whole, there_BI = _whole(packed)
     counts_B = there_BI.sum(1)
     starts = torch.zeros(len(counts_B) + 1, dtype=torch.int64)
     starts[1:] = ((counts_B + 1) // 2).cumsum(0)
@@ -61,10 +70,10 @@ def _bundles(w_OI: Tensor) -> Bundles:
     # The n-th column of a bundle stands at the n-th half step behind the bundle's beginning.
     place_n = (there_BI.cumsum(1) - 1)[bundle_n, column_n] + 2 * starts[bundle_n]
     steps = int(starts[-1])
-    values = w_OI.new_zeros(2 * steps, BUNDLE)
+    values = whole.new_zeros(2 * steps, BUNDLE)
     values[place_n] = whole[bundle_n, :, column_n]
-    columns = torch.full((2 * steps,), NO_COLUMN, dtype=torch.int64)
-    columns[place_n] = column_n
+    columns = torch.full((2 * steps,), NO_COLUMN, dtype=torch.int32)
+    columns[place_n] = column_n.to(torch.int32)
     values_SB2 = values.view(steps, 2, BUNDLE).transpose(1, 2).contiguous()
     return Bundles(values_SB2, columns.view(steps, 2), starts.to(torch.int32))
 
@@ -74,7 +83,7 @@ class BundlePlan:
 
     def __init__(self, bundles: Bundles, bias_O: Tensor | None, shape: tuple[int, int], taps: int) -> None:
         native: Any = cpu_backend.native
-        columns = bundles.columns_S2
+        columns = bundles.columns_S2.long()
         codes = torch.where(columns == NO_COLUMN, NO_COLUMN, columns // taps * MOST_TAPS + columns % taps)
         # In 64 bits a number without a sign is a positive one.
         codes = codes.where(codes < 2**31, codes - 2**32).to(torch.int32)
@@ -101,9 +110,9 @@ def _prepare(packed: Packed, bias: Tensor | None) -> Run:
 
 
 def _extra(packed: Packed) -> int:
-    there_BI, _ = _columns(unpack(packed))
+    _, there_BI = _whole(packed)
     steps = int(((there_BI.sum(1) + 1) // 2).sum())
-    return steps * 2 * (BUNDLE * packed.dtype.itemsize + 4 + 8) + 4 * (len(there_BI) + 1)
+    return steps * 2 * (BUNDLE * packed.dtype.itemsize + 4 + 4) + 4 * (len(there_BI) + 1)
 
 
 _SUMMARY = "C++: a copy in which eight outputs share their columns, channels first"
