@@ -1,8 +1,9 @@
 """The convolutions of ResNet-50 one by one, sparse and dense in turns, and what a nonzero of the sparse kernel costs.
 
-Every shape of the network but its first layer, one image, zeros at random, with a ReLU behind, as `pumice.pack(example=...)` would
-run them: the kernel that multiplies nonzeros alone beside F.conv2d and oneDNN with the weight in its own order. Weights are
-rotated through 8 copies; x stays. Dense is the faster of both in the same turns.
+Every shape of the network but its first layer, one image, with a ReLU behind, as `pumice.pack(example=...)` would run them. Zeros
+are at random, or in groups of sixteen outputs of one input and tap (16x1). The kernels that multiply nonzeros alone (`taps`) or
+eight outputs at a time (`bundles`) stand beside F.conv2d, oneDNN with the weight in its own order, and bundles of the dense weight.
+Weights are rotated through 8 copies; x stays. Dense is the fastest of all that multiply every zero, in the same turns.
 What a nonzero costs is the slope of the time over how many there are (10 % and 5 % of a 3x3 convolution with 256 channels of 14 x 14,
 which has 222 places and 14 registers of sixteen); what is left at none is laying x out, and loading and storing sums. Beside it the
 least it could cost: fp32 products at the rate of a dense product in the same turns.
@@ -54,15 +55,21 @@ def shapes() -> dict[Shape, int]:
     return found
 
 
+GROUPS = "16x1"
+
+
 def ways(shape: Shape, density: float, dtype: torch.dtype) -> dict[tuple[str, str], Callable[[], Any]]:
-    """Every way to run it, by layout and backend."""
+    """Every way to run it, by layout (or GROUPS) and backend."""
     channels, outputs, kernel, stride, size = shape
-    weight = torch.randn(outputs, channels * kernel**2) * (torch.rand(outputs, channels * kernel**2) < density)
-    weight, x = weight.to(dtype), torch.randn(1, channels, size, size).to(dtype)
+    inputs = channels * kernel**2
+    weight = (torch.randn(outputs, inputs) * (torch.rand(outputs, inputs) < density)).to(dtype)
+    kept = (torch.rand(outputs // 16, inputs) < density).repeat_interleave(16, 0)
+    grouped, x = (torch.randn(outputs, inputs) * kept).to(dtype), torch.randn(1, channels, size, size).to(dtype)
     how = Convolution.of((kernel, kernel), (stride, stride), (kernel // 2, kernel // 2), (1, 1), clamp=RELU)
     found = {}
-    for layout in ("dense", "csr"):
-        copies = [pack(weight.clone(), layout) for _ in range(COPIES)]
+    for name, numbers in (("dense", weight), ("csr", weight), (GROUPS, grouped)):
+        layout = "csr" if name == GROUPS else name
+        copies = [pack(numbers.clone(), layout) for _ in range(COPIES)]
         call = dispatch.Call("conv2d", layout, dtype, "cpu", 1, copies[0].shape, how.params)
         for backend, reason in dispatch.candidates(call):
             if reason is None:
@@ -70,7 +77,7 @@ def ways(shape: Shape, density: float, dtype: torch.dtype) -> dict[tuple[str, st
                 runs = [lambda x, run=run: run(x, how) for run in bound]
                 for run in runs:
                     run(x)
-                found[layout, backend.name] = common.rotated(runs, x)
+                found[name, backend.name] = common.rotated(runs, x)
     return found
 
 
@@ -81,17 +88,22 @@ def layers(density: float, dtype: torch.dtype, rounds: int) -> list[dict[str, An
         ms = {key: statistics.median(values) for key, values in samples.items()}
         dense = min((key for key in ms if key[0] == "dense"), key=lambda key: ms[key])
         sparse = min((key for key in ms if key[0] == "csr"), key=lambda key: ms[key])
+        groups = min((key for key in ms if key[0] == GROUPS), key=lambda key: ms[key])
         rows.append(
             {
                 "shape": shape,
                 "count": count,
                 "ms": round(ms[sparse], 4),
+                "backend": sparse[1],
+                "groups_ms": round(ms[groups], 4),
+                "groups_backend": groups[1],
                 "dense_ms": round(ms[dense], 4),
                 "dense": dense[1],
             }
         )
         print(
-            f"{shape!s:28s} x{count}  {ms[sparse]:.3f} ms  dense {ms[dense]:.3f}  {ms[dense] / ms[sparse]:.2f}x",
+            f"{shape!s:28s} x{count}  {ms[sparse]:.3f} ms {sparse[1]}  groups {ms[groups]:.3f} {groups[1]}  "
+            f"dense {ms[dense]:.3f} {dense[1]}  {ms[dense] / ms[sparse]:.2f}x {ms[dense] / ms[groups]:.2f}x",
             flush=True,
         )
     return rows

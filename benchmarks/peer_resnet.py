@@ -43,9 +43,12 @@ def resnet_pumice(options: Options) -> tuple[Run, Options]:
 
     model = pumice.pack(model, batch=len(x), example=x, remeasure=options["remeasure"], progress=False)
     found = pumice.describe(model)
-    kinds = [
-        layer.layout if layer.layout == "dense" else "taps" for layer in found.layers if "convolution" in layer.name
-    ]
+    kinds = []
+    for layer in found.layers:
+        if "convolution" in layer.name:
+            backend = layer.backends[len(x)]
+            dense = layer.layout == "dense"
+            kinds.append(backend if not dense else "dense bundles" if backend == "bundles" else "dense")
     told = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
     facts = {"ran": ", ".join(f"{count} {kind}" for kind, count in told.items()), "bytes": found.bytes}
     return timed([lambda: model(x)]), facts | _judged(model(x).logits.float(), options)

@@ -118,8 +118,10 @@ ZEROS = {
     "90 % zeros": "0.9",
     "90 % of 16x1 groups": "0.9 groups",
     "80 % zeros": "0.8",
+    "80 % of 16x1 groups": "0.8 groups",
     "70 % zeros": "0.7",
     "50 % zeros": "0.5",
+    "50 % of 16x1 groups": "0.5 groups",
     "dense": "0.0",
 }
 RESNET: dict[str, Row] = {

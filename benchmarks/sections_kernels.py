@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from shown import machine, table
@@ -33,7 +34,11 @@ def roofline(results: Results) -> str:
 
 
 def convolutions(results: Results) -> str:
-    """Milliseconds of each shape, in brackets how many times as fast as dense; and what a nonzero costs."""
+    """Milliseconds of each shape, at random and in groups, in brackets how many times as fast as dense; and what a nonzero costs."""
+
+    def cell(ms: float, groups: float, dense: float, digits: int) -> str:
+        return f"{ms:.{digits}f} ({dense / ms:.1f}×), {groups:.{digits}f} ({dense / groups:.1f}×)"
+
     runs = results["runs"]
     names = {"float32": "fp32", "bfloat16": "bf16"}
     columns = [f"{names[run['dtype']]}, {run['threads']} thread{'s' if run['threads'] > 1 else ''}" for run in runs]
@@ -41,10 +46,11 @@ def convolutions(results: Results) -> str:
     for rows in zip(*(run["layers"] for run in runs), strict=True):
         channels, outputs, kernel, stride, size = rows[0]["shape"]
         name = f"{channels} to {outputs}, {kernel}x{kernel}{f' / {stride}' if stride > 1 else ''}, {size}x{size}"
-        cells = [f"{row['ms']:.3f} ({row['dense_ms'] / row['ms']:.1f}×)" for row in rows]
+        cells = [cell(row["ms"], row["groups_ms"], row["dense_ms"], 3) for row in rows]
         body.append([name, str(rows[0]["count"]), *cells])
-    sums = [[sum(row["count"] * row[key] for row in run["layers"]) for key in ("ms", "dense_ms")] for run in runs]
-    body.append(["all of the network", "", *(f"{sparse:.1f} ({dense / sparse:.1f}×)" for sparse, dense in sums)])
+    keys = ("ms", "groups_ms", "dense_ms")
+    sums = [[sum(row["count"] * row[key] for row in run["layers"]) for key in keys] for run in runs]
+    body.append(["all of the network", "", *(cell(*found, 1) for found in sums)])
     cost = results["nonzero"]
     said = (
         f"In fp32, with one thread, a nonzero of a 3x3 convolution (256 channels, 14x14) takes {cost['ns']:.1f} ns for the "
@@ -53,7 +59,11 @@ def convolutions(results: Results) -> str:
         f"layer takes with 90 % zeros, {cost['rest_us']:.0f} do not depend on how many nonzeros there are: laying out x, and "
         "loading and storing sums."
     )
-    head = [f"ms with {1 - results['density']:.0%} zeros (× dense)", "count", *columns]
+    chosen = Counter(row["dense"] for run in runs for row in run["layers"])
+    said += (
+        " The fastest dense way was " + ", ".join(f"{name} for {n}" for name, n in chosen.most_common()) + " of these."
+    )
+    head = [f"ms with {1 - results['density']:.0%} zeros (× dense): at random, 16x1", "count", *columns]
     return f"{table(head, body)}\n\n{said} ({machine(results['machine'])}.)"
 
 

@@ -69,7 +69,10 @@ const TileKernels tiles = {
     {{3, few_product<FewWords512<InFloats512, 3>>, false, {16, 16}, {many_product<ManyBf16>, many_product<ManyBf16>}, true},
      {1, few_product<FewFloats512>, false, {16, 16}, {many_product<ManyFp32>, many_product<ManyFp32>}, false}}};
 
-const ConvKernels convolutions = conv_kernels<Conv512>();
+const ConvKernels convolutions = {
+    {{conv_product<Conv512, BF16>, lay_out<Conv512, BF16, float>, 16, kPositions, 4},
+     {conv_product<Conv512, float>, lay_out_spread<Floats16>, 16, kPositions, 4}},
+    {bundle_kernel<Conv512, BF16>(), {bundle_product<Conv512, float>, lay_out_spread<Floats16>, 32, kBundlePositions, 4}}};
 
 const DecoderKernels decoder_pieces[] = {pieces_of<AnyHead, BF16>(), pieces_of<AnyHead, float>()};
 

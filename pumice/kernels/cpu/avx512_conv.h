@@ -40,5 +40,47 @@ struct Row<Conv512, float, float> {
   }
 };
 
+// Where the stride is one, a channel lies in its plane as it lies in x, with zeros between: it is spread out, a register of the
+// plane at a time, by masks that are the same for every channel. Planes of more registers go row by row.
+constexpr int64_t kMostMasks = 512;
+
+template <class V>
+void lay_out_spread(const Planes& planes, const void* x, int64_t begin, int64_t end, void* out) {
+  typedef typename V::T T;
+  const Conv& conv = *planes.conv;
+  const int64_t size = (end - begin) * planes.width, masks = (size + V::kLanes - 1) / V::kLanes;
+  if (conv.stride[0] != 1 || conv.stride[1] != 1 || masks > kMostMasks)
+    return lay_out<Conv512, T, T>(planes, x, begin, end, out);
+  const Phase& phase = planes.phase[0];
+  typename V::Mask mask[kMostMasks];
+  memset(mask, 0, sizeof(mask[0]) * (size_t)masks);
+  int64_t first = -1;
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t row = phase.row + r;
+    if (row < 0 || row >= conv.H) continue;
+    if (first < 0) first = row;
+    for (int64_t k = (r - begin) * planes.width + phase.begin, n = phase.end - phase.begin; n > 0; --n, ++k)
+      mask[k / V::kLanes] |= (typename V::Mask)((typename V::Mask)1 << k % V::kLanes);
+  }
+  for (int64_t c = 0; c < conv.C; ++c) {
+    const T* from = (const T*)x + (c * conv.H + (first < 0 ? 0 : first)) * conv.W;
+    T* to = (T*)out + c * planes.channel + begin * planes.width;
+    for (int64_t k = 0; k < masks; ++k, to += V::kLanes) {
+      const int count = __builtin_popcount(mask[k]);
+      V::put(to, V::spread(mask[k], V::get(from, count)));
+      from += count;
+    }
+  }
+}
+
+struct Floats16 {
+  typedef float T;
+  typedef __mmask16 Mask;
+  static constexpr int64_t kLanes = 16;
+  static __m512 get(const float* p, int n) { return Conv512::get(p, n); }
+  static __m512 spread(Mask m, __m512 v) { return _mm512_maskz_expand_ps(m, v); }
+  static void put(float* p, __m512 v) { _mm512_storeu_ps(p, v); }
+};
+
 }  // namespace
 }  // namespace pumice

@@ -53,6 +53,15 @@ struct Row<Conv512, BF16, BF16> {
   }
 };
 
+struct Halves32 {
+  typedef BF16 T;
+  typedef __mmask32 Mask;
+  static constexpr int64_t kLanes = 32;
+  static __m512i get(const BF16* p, int n) { return _mm512_maskz_loadu_epi16(first32(n), p); }
+  static __m512i spread(Mask m, __m512i v) { return _mm512_maskz_expand_epi16(m, v); }
+  static void put(BF16* p, __m512i v) { _mm512_storeu_si512(p, v); }
+};
+
 // As fill_panel of conv_kernel.h, 32 N positions of which have room.
 template <int N>
 inline void fill_pair_panel(const Convolved& job, const BF16* image, int64_t first, int64_t last, int64_t q, int64_t n,
