@@ -50,7 +50,7 @@ def convolutions(results: Results) -> str:
         body.append([name, str(rows[0]["count"]), *cells])
     keys = ("ms", "groups_ms", "dense_ms")
     sums = [[sum(row["count"] * row[key] for row in run["layers"]) for key in keys] for run in runs]
-    body.append(["all of the network", "", *(cell(*found, 1) for found in sums)])
+    body.append(["all of the network", "", *(cell(ms, groups, dense, 1) for ms, groups, dense in sums)])
     cost = results["nonzero"]
     said = (
         f"In fp32, with one thread, a nonzero of a 3x3 convolution (256 channels, 14x14) takes {cost['ns']:.1f} ns for the "

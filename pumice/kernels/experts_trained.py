@@ -32,6 +32,16 @@ CHUNK_ROWS = 192
 """Assignments for each thread that go through all products before the next."""
 
 
+@dataclass(frozen=True)
+class Want:
+    """Which gradients are wanted."""
+
+    x: bool
+    up: bool
+    down: bool
+    up_bias: bool
+
+
 @dataclass
 class Gradients:
     """Of x, up, down, the bias of `up`, and of the scales without the part of the bias of `down`; None if not wanted."""
@@ -65,7 +75,7 @@ def _prepare_backward(state: Any, _: Tensor | None) -> Any:
     up, down, form = state
 
     def run(
-        g: Tensor, x: Tensor, products: Tensor, offsets: Tensor, token: Tensor | None, scale: Tensor | None, want: Any
+        g: Tensor, x: Tensor, products: Tensor, offsets: Tensor, token: Tensor | None, scale: Tensor | None, want: Want
     ) -> Gradients:
         made = Gradients()
         middle = grouped_linear(g, down.transpose(1, 2), offsets, None, token, None, None, 0)
@@ -164,7 +174,7 @@ def _prepare_native_backward(state: Any, _: Tensor | None) -> Any:
     up, down, form = state
 
     def run(
-        g: Tensor, x: Tensor, products: Tensor, offsets: Tensor, token: Tensor | None, scale: Tensor | None, want: Any
+        g: Tensor, x: Tensor, products: Tensor, offsets: Tensor, token: Tensor | None, scale: Tensor | None, want: Want
     ) -> Gradients:
         made, chunks = Gradients(), _chunks(offsets)
         if want.x:
@@ -244,14 +254,6 @@ def _(
     return x.new_empty(x.shape[0], down.shape[1]), x.new_empty(assignments, up.shape[1])
 
 
-@dataclass(frozen=True)
-class _Want:
-    x: bool
-    up: bool
-    down: bool
-    up_bias: bool
-
-
 @torch.library.custom_op(
     "pumice::expert_mlp_backward",
     mutates_args=(),
@@ -275,7 +277,7 @@ def expert_mlp_backward(
 ) -> list[Tensor]:
     """The gradients of x, up, down, the bias of `up` and the scales; empty where not wanted, or without scales."""
     run = _run("expert_mlp_backward", up, down, (act, gate, alpha, limit), products.shape[0])
-    made: Gradients = run(g, x, products, offsets, token, scale, _Want(*want))
+    made: Gradients = run(g, x, products, offsets, token, scale, Want(*want))
     found = (made.x, made.up, made.down, made.up_bias, made.scale)
     return [x.new_empty(0) if gradient is None else gradient for gradient in found]
 

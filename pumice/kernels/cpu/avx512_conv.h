@@ -73,6 +73,27 @@ void lay_out_spread(const Planes& planes, const void* x, int64_t begin, int64_t 
   }
 }
 
+template <>
+struct PutStrip<Conv512, float> {
+  template <int R>
+  static inline void put(const Convolved& job, const Strip& strip, const __m512 (&acc)[R], int64_t, int64_t, float* y,
+                         const float* add) {
+    const __m512 least = _mm512_set1_ps(job.conv->least), most = _mm512_set1_ps(job.conv->most);
+    int64_t at = strip.place;
+    PUMICE_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const __mmask16 outputs = (__mmask16)(strip.outputs >> 16 * r);
+      const int count = __builtin_popcount(outputs);
+      const __mmask16 there = Conv512::first(count);
+      __m512 sum = acc[r];
+      if (add) sum = _mm512_add_ps(sum, _mm512_maskz_expand_ps(outputs, _mm512_maskz_loadu_ps(there, add + at)));
+      const __m512 done = Conv512::clamp(sum, least, most);
+      _mm512_mask_storeu_ps(y + at, there, _mm512_maskz_compress_ps(outputs, done));
+      at += count;
+    }
+  }
+};
+
 struct Floats16 {
   typedef float T;
   typedef __mmask16 Mask;

@@ -216,14 +216,9 @@ PUMICE_APART void pair_strip(const Convolved& job, int64_t image, int64_t q, int
   for (int64_t s = first; s < last - odd; ++s) multiply(column(w.codes[2 * s]), column(w.codes[2 * s + 1]));
   if (odd) multiply(column(w.codes[2 * last - 2]), _mm512_setzero_si512());
 
-  // Which of the positions are outputs; those lie one after another in y.
-  __mmask32 outputs = 0;
-  int64_t place = -1;
-  each_run(job, q, n, [&](int64_t k, int64_t at, int64_t there) {
-    outputs |= first32(there) << k;
-    if (place < 0) place = at;
-  });
-  if (place < 0) return;
+  const Strip strip = strip_of(job, q, n);
+  if (strip.place < 0) return;
+  const __mmask32 outputs = strip.outputs;
   const __mmask32 count = first32(__builtin_popcount(outputs));
   const int64_t plane = conv.out[0] * conv.out[1];
   const __m512 least = _mm512_set1_ps(conv.least), most = _mm512_set1_ps(conv.most);
@@ -231,7 +226,7 @@ PUMICE_APART void pair_strip(const Convolved& job, int64_t image, int64_t q, int
   for (int o = 0; o < kBundle; ++o) {
     const int64_t output = bundle * kBundle + o;
     if (output >= w.O) break;
-    const int64_t at = (image * w.O + output) * plane + place;
+    const int64_t at = (image * w.O + output) * plane + strip.place;
     PairSums sum = sums[o];
     if (conv.add) {
       const __m512i given = _mm512_maskz_loadu_epi16(count, (const BF16*)conv.add + at);
@@ -245,10 +240,9 @@ PUMICE_APART void pair_strip(const Convolved& job, int64_t image, int64_t q, int
 }
 
 void pair_bundles(const Convolved& job, int64_t block, int64_t begin, int64_t end, void*, float*) {
-  const int64_t image = block / job.blocks, k = block % job.blocks, first = block_begin(job, k);
-  const int64_t stop = k + 1 < job.blocks ? block_begin(job, k + 1) : job.positions;
-  for (int64_t b = begin; b < end; ++b)
-    for (int64_t q = first; q < stop; q += 32) pair_strip(job, image, q, stop - q < 32 ? stop - q : 32, b);
+  each_strip<BF16, BF16>(job, block, begin, end, 32, [&](int64_t image, int64_t q, int64_t n, int64_t b) {
+    pair_strip(job, image, q, n, b);
+  });
 }
 
 }  // namespace

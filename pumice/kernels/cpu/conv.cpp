@@ -17,7 +17,6 @@ struct Job {
   int64_t reach;       // what the farthest tap reads behind the first, in a phase
   const char* x;
   int64_t image;       // bytes of x of one image
-  bool as_it_is;       // x is read where it lies
   int64_t chunks;      // of outputs
   int64_t pieces;
   bool out_of_memory;
@@ -58,8 +57,8 @@ void product_pieces(int64_t first, int64_t last, void* context) {
   const int64_t positions = job.kernel->positions, blocks = job.all.blocks, planes = job.all.conv->C * job.all.channel;
   void* panel = w ? scratch(0, (size_t)(w->part * positions) * sizeof(float)) : nullptr;
   float* sums = w ? (float*)scratch(2, (size_t)(w->O * positions) * sizeof(float)) : nullptr;
-  void* laid = job.as_it_is ? nullptr : scratch(1, (size_t)((planes + kSpill) * job.kernel->size));
-  if ((w && !(panel && sums)) || !(laid || job.as_it_is)) {
+  void* laid = job.all.as_it_is ? nullptr : scratch(1, (size_t)((planes + kSpill) * job.kernel->size));
+  if ((w && !(panel && sums)) || !(laid || job.all.as_it_is)) {
     job.out_of_memory = true;
     return;
   }
@@ -120,7 +119,7 @@ bool run(Job& job, const Conv& conv, int64_t O, int dtype, int64_t count, const 
   all.blocks = (all.positions + job.kernel->positions - 1) / job.kernel->positions, all.lanes = job.kernel->lanes;
   all.channel = planes.channel = planes.phases * planes.rows * planes.width;
   const int64_t work = std::max<int64_t>(count, O) * all.positions * conv.N;
-  job.as_it_is = job.kernel->size == size && planes.phases == 1 && conv.stride[0] == 1 && conv.stride[1] == 1 &&
+  job.all.as_it_is = job.kernel->size == size && planes.phases == 1 && conv.stride[0] == 1 && conv.stride[1] == 1 &&
                  conv.before[0] == 0 && conv.before[1] == 0 && planes.rows == conv.H && planes.width == conv.W;
   job.pieces = std::max<int64_t>(1, std::min(work / kWorkPerThread, threads));
   parallel(job.pieces, product_pieces, &job);

@@ -77,6 +77,7 @@ struct Convolved {
   const Bundles* bundles;
   const Conv* conv;
   const void* planes;        // of the image: [C, phases, plane], in fp32 or bf16 as the kernel reads it
+  bool as_it_is;             // they are x itself, those of the next image behind them
   int64_t channel;           // numbers to the next channel
   const int64_t* shifts;     // [taps] from the beginning of a channel to a tap's first number
   int64_t taps, width, positions;  // width of a row, and positions of a plane

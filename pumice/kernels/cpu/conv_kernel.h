@@ -187,6 +187,34 @@ void conv_product(const Convolved& job, int64_t block, int64_t begin, int64_t en
   }
 }
 
+// Which of up to 32 positions are outputs, as bits, and where the first of them is in y; they lie one after another there.
+struct Strip {
+  uint32_t outputs;
+  int64_t place;
+};
+
+inline Strip strip_of(const Convolved& job, int64_t q, int64_t n) {
+  Strip strip = {0, -1};
+  each_run(job, q, n, [&](int64_t k, int64_t at, int64_t there) {
+    strip.outputs |= (there >= 32 ? ~0u : (1u << there) - 1) << k;
+    if (strip.place < 0) strip.place = at;
+  });
+  return strip;
+}
+
+// Sums of one output at a strip's positions to y, which begins at `y`, as `add` does.
+template <class Isa, class T>
+struct PutStrip {
+  template <int R>
+  static inline void put(const Convolved& job, const Strip&, const typename Isa::Reg (&acc)[R], int64_t q, int64_t n, T* y,
+                         const T* add) {
+    float sums[R * Isa::kLanes];
+    PUMICE_UNROLL
+    for (int r = 0; r < R; ++r) Isa::put(sums + r * Isa::kLanes, acc[r]);
+    put_positions<T>(job, sums, q, n, y, add);
+  }
+};
+
 // A bundle in fp32 at the positions [q, q + n), K of its outputs at a time.
 template <class Isa, class T, bool kWhole>
 PUMICE_APART void bundle_strip(const Convolved& job, int64_t image, int64_t q, int64_t n, int64_t bundle) {
@@ -196,6 +224,8 @@ PUMICE_APART void bundle_strip(const Convolved& job, int64_t image, int64_t q, i
   const Conv& conv = *job.conv;
   const float* x = (const float*)job.planes + q;
   const int64_t plane = conv.out[0] * conv.out[1];
+  const Strip strip = strip_of(job, q, n);
+  if (strip.place < 0) return;
   auto get = [=](const float* from, int r) {
     return kWhole ? Isa::get(from + r * L) : Isa::get(from + r * L, n - r * L);
   };
@@ -229,26 +259,43 @@ PUMICE_APART void bundle_strip(const Convolved& job, int64_t image, int64_t q, i
     for (int o = 0; o < K; ++o) {
       const int64_t output = bundle * kBundle + pass + o;
       if (output >= w.O) break;
-      float sums[R * L];
-      PUMICE_UNROLL
-      for (int r = 0; r < R; ++r) Isa::put(sums + r * L, acc[o][r]);
       const int64_t at = (image * w.O + output) * plane;
-      put_positions<T>(job, sums, q, n, (T*)job.y + at, conv.add ? (const T*)conv.add + at : nullptr);
+      PutStrip<Isa, T>::template put<R>(job, strip, acc[o], q, n, (T*)job.y + at, conv.add ? (const T*)conv.add + at : nullptr);
     }
+  }
+}
+
+// Bundles [begin, end) of a block, `width` positions at a time: `strip(image, q, n, bundle)`. T: as y is; X: as x is read.
+// Lines of y are fetched before they are written, and of x those of the next block, where it is read from memory: 64 bytes of each
+// channel are too few for the processor to foresee them.
+template <class T, class X, class F>
+inline void each_strip(const Convolved& job, int64_t block, int64_t begin, int64_t end, int64_t width, const F& strip) {
+  const Bundles& w = *job.bundles;
+  const Conv& conv = *job.conv;
+  const int64_t image = block / job.blocks, k = block % job.blocks, first = block_begin(job, k), columns = conv.out[1];
+  const int64_t stop = k + 1 < job.blocks ? block_begin(job, k + 1) : job.positions, plane = conv.out[0] * columns;
+  const int64_t written = first / job.width * columns + (first % job.width < columns ? first % job.width : columns);
+  const int64_t count = stop - first < plane - written ? stop - first : plane - written;
+  const X* next = (const X*)job.planes + (k + 1 < job.blocks ? stop : conv.C * job.channel);
+  const int64_t channels = job.as_it_is && (k + 1 < job.blocks || image + 1 < conv.N) ? conv.C : 0, bundles = end - begin;
+  for (int64_t b = begin; b < end; ++b) {
+    for (int64_t o = b * kBundle; o < (b + 1) * kBundle && o < w.O; ++o)
+      fetch_far((const T*)job.y + (image * w.O + o) * plane + written, count);
+    for (int64_t c = channels * (b - begin) / bundles; c < channels * (b - begin + 1) / bundles; ++c)
+      fetch_far(next + c * job.channel, stop - first);
+    for (int64_t q = first; q < stop; q += width) strip(image, q, stop - q < width ? stop - q : width, b);
   }
 }
 
 template <class Isa, class T>
 void bundle_product(const Convolved& job, int64_t block, int64_t begin, int64_t end, void*, float*) {
   constexpr int64_t kStrip = 2 * Isa::kLanes;
-  const int64_t image = block / job.blocks, k = block % job.blocks, first = block_begin(job, k);
-  const int64_t stop = k + 1 < job.blocks ? block_begin(job, k + 1) : job.positions;
-  for (int64_t b = begin; b < end; ++b)
-    for (int64_t q = first; q < stop; q += kStrip)
-      if (stop - q >= kStrip)
-        bundle_strip<Isa, T, true>(job, image, q, kStrip, b);
-      else
-        bundle_strip<Isa, T, false>(job, image, q, stop - q, b);
+  each_strip<T, float>(job, block, begin, end, kStrip, [&](int64_t image, int64_t q, int64_t n, int64_t b) {
+    if (n == kStrip)
+      bundle_strip<Isa, T, true>(job, image, q, n, b);
+    else
+      bundle_strip<Isa, T, false>(job, image, q, n, b);
+  });
 }
 
 constexpr int64_t kBundlePositions = 128;
