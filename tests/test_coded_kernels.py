@@ -13,7 +13,7 @@ from pumice.core.errors import PumiceError
 from pumice.kernels import coded_ops, cpu_backend, ops
 from pumice.weights.grid import Coding
 from pumice.weights.layouts import base
-from tests.test_kernels import needs_native
+from tests.test_kernels import check_guarded, needs_native
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 CODINGS = [Coding("int8", 8)] + [Coding("int4", 4, group, zero) for group in (16, 32) for zero in (False, True)]
@@ -377,39 +377,26 @@ def test_a_packed_layer_compiles_into_one_graph():
 @needs_native
 def test_no_byte_beyond_the_tensors_is_read():
     # Rows at the end of a page: the guarded buffers of test_kernels, with integers in them.
-    import subprocess
-    import sys
-    import textwrap
-
-    from tests.conftest import ROOT
-    from tests.test_kernels import GUARDED
-
-    if not sys.platform.startswith("linux"):
-        pytest.skip("needs mprotect as Linux has it")
-    head = textwrap.dedent(GUARDED).split("torch.set_num_threads(1)")[0]
-    body = """
-torch.set_num_threads(1)
-from tests.test_coded_kernels import CODINGS, layouts_of, matrix
-for isa, reason in cpu_backend.instruction_sets().items():
-    if reason is not None:
-        continue
-    cpu_backend.force(isa)
-    for dtype in (torch.bfloat16, torch.float32):
-        for coding in CODINGS:
-            for layout in layouts_of(coding):
-                for o, i in ((5, 64), (3, 224), (4, 32), (1, 96), (8, 160)):
-                    if layout not in layouts_of(coding, o, i):
-                        continue
-                    packed = matrix(layout, o, i, dtype, coding)
-                    packed.tensors = {k: at_the_end(t) if t.numel() else t for k, t in packed.tensors.items()}
-                    names = ("decode", "panel")
-                    if cpu_backend.native.has_bytes() and layout in cpu_backend.INT8:
-                        names += ("pairs", "bytes")
-                    for name in names:
-                        run = dispatch.get("linear", layout, name).prepare(packed, None)
-                        for rows in (1, 3, 17):
-                            run(at_the_end(torch.randn(rows, i).to(dtype)))
-print("read nothing beyond")
-"""
-    done = subprocess.run([sys.executable, "-c", head + body], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert "read nothing beyond" in done.stdout, f"exit {done.returncode}: {done.stderr[-2000:]}"
+    check_guarded("""
+        from tests.test_coded_kernels import CODINGS, layouts_of, matrix
+        for isa, reason in cpu_backend.instruction_sets().items():
+            if reason is not None:
+                continue
+            cpu_backend.force(isa)
+            for dtype in (torch.bfloat16, torch.float32):
+                for coding in CODINGS:
+                    for layout in layouts_of(coding):
+                        for o, i in ((5, 64), (3, 224), (4, 32), (1, 96), (8, 160)):
+                            if layout not in layouts_of(coding, o, i):
+                                continue
+                            packed = matrix(layout, o, i, dtype, coding)
+                            packed.tensors = {k: at_the_end(t) if t.numel() else t for k, t in packed.tensors.items()}
+                            names = ("decode", "panel")
+                            if cpu_backend.native.has_bytes() and layout in cpu_backend.INT8:
+                                names += ("pairs", "bytes")
+                            for name in names:
+                                run = dispatch.get("linear", layout, name).prepare(packed, None)
+                                for rows in (1, 3, 17):
+                                    run(at_the_end(torch.randn(rows, i).to(dtype)))
+        print("read nothing beyond")
+    """)

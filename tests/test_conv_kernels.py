@@ -16,7 +16,7 @@ from pumice.core.errors import PumiceError
 from pumice.kernels import conv_bundles, conv_cpu, cpu_backend, reference
 from pumice.weights.layouts import base
 from pumice.weights.modules import SparseConv2d
-from tests.test_kernels import mask_of, needs_native
+from tests.test_kernels import check_guarded, mask_of, needs_native
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 LAYOUTS = {"csr": {}, "bitmask": {}, "nm": {"n": 2, "m": 4}, "block": {"r": 4, "c": 8}}
@@ -364,3 +364,33 @@ def test_dense_ways_take_groups_and_padding_on_one_side(name):
     y = backend.prepare(base.pack(w_OI, "dense"), None)(x, how)
     expected = F.conv2d(x, w_OI.unflatten(1, (2, 2, 2)), None, padding="same", groups=2)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_native
+def test_no_number_beyond_the_images_and_the_plan_is_read():
+    check_guarded("""
+        from pumice.core.convolution import Convolution
+        from pumice.kernels import conv_bundles, conv_cpu
+        conv_cpu.taps_of = lambda packed: conv_cpu.Taps(*map(at_the_end, conv_cpu._taps(packed)))
+        conv_bundles.bundles_of = lambda packed: conv_bundles.Bundles(*map(at_the_end, conv_bundles._bundles(packed)))
+        for isa, reason in cpu_backend.instruction_sets().items():
+            if reason is not None:
+                continue
+            cpu_backend.force(isa)
+            for dtype in (torch.bfloat16, torch.float32):
+                for o, channels, kernel, size, stride, padding in (
+                    (5, 3, 1, (5, 7), 1, 0), (16, 40, 1, (8, 8), 1, 0), (9, 4, 3, (7, 7), 1, 1), (8, 3, 3, (9, 33), 1, 1),
+                    (8, 3, 3, (9, 33), 2, 1), (3, 2, 1, (9, 35), 2, 0), (2, 1, 3, (70, 40), 1, 0), (3, 2, 5, (11, 13), 3, 2),
+                ):
+                    w_OI = torch.randn(o, channels * kernel**2) * (torch.rand(o, channels * kernel**2) < 0.4)
+                    packed = base.pack(w_OI.to(dtype), "csr")
+                    how = Convolution.of((kernel, kernel), (stride, stride), (padding, padding), (1, 1))
+                    for way in ("taps", "bundles"):
+                        run = dispatch.get("conv2d", "csr", way).prepare(packed, None)
+                        for images in (1, 2):
+                            x = at_the_end(torch.randn(images, channels, *size).to(dtype))
+                            add = at_the_end(torch.randn(images, o, *how.output(*size)).to(dtype))
+                            run(x, how)
+                            run(x, how, add)
+        print("read nothing beyond")
+    """)

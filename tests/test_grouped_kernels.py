@@ -62,6 +62,37 @@ def test_grouped_linear_is_as_exact_as_the_reference(instructions, size, dtype):
         no_worse(ours, theirs, truth, dtype)
 
 
+# Assignments, experts, outputs, inputs: one of each; none; an empty expert; more than a piece of outputs, than a stretch of
+# assignments, and than the inputs that are summed up at a time.
+OUTER = [(1, 1, 1, 1), (0, 2, 5, 6), (9, 4, 33, 7), (40, 3, 300, 70), (1100, 1, 20, 40), (30, 2, 8, 1100)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", OUTER, ids=str)
+def test_grouped_outer_is_as_exact_as_the_reference(instructions, size, dtype):
+    assignments, experts, outputs, inputs = size
+    torch.manual_seed(0)
+    rows_A, offsets_E1, _ = plan(7, assignments, experts)
+    for g_rows, x_rows, apart in itertools.product((None, rows_A), (None, rows_A), (False, True)):
+        g = torch.randn(assignments if g_rows is None else 7, outputs + 3 * apart)[:, :outputs].to(dtype)
+        x = torch.randn(assignments if x_rows is None else 7, inputs + 5 * apart)[:, :inputs].to(dtype)
+        truth = reference.grouped_outer(g.double(), x.double(), offsets_E1, g_rows, x_rows)
+        theirs = reference.grouped_outer(g, x, offsets_E1, g_rows, x_rows)
+        out = torch.full((experts, outputs, inputs), torch.nan, dtype=dtype)
+        ours = grouped_cpu.outer(g, x, offsets_E1, g_rows, x_rows, out)
+        assert ours is out
+        no_worse(ours, theirs, truth, dtype)
+        assert torch.equal(grouped_cpu.outer(g, x, offsets_E1, g_rows, x_rows), out)
+
+
+def test_an_outer_plan_that_points_outside_is_refused():
+    g, x = torch.randn(3, 4), torch.randn(3, 5)
+    for g_rows, x_rows, offsets in (([0, 3], None, [0, 2]), (None, [0, 1, -1], [0, 3]), (None, None, [0, 4])):
+        rows = [None if rows is None else torch.tensor(rows) for rows in (g_rows, x_rows)]
+        with pytest.raises(PumiceError, match="does not fit"):
+            grouped_cpu.outer(g, x, torch.tensor(offsets), *rows)
+
+
 FORMS = [(act, gate, 0.0, 0.0) for act in ACTIVATIONS for gate in ("halves", "none")]
 FORMS += [("silu", "pairs", 0.0, 0.0), ("clamped_swish", "pairs", 1.702, 2.0), ("clamped_swish", "halves", 1.5, 0.5)]
 

@@ -8,7 +8,7 @@ import torch
 from pumice.core import dispatch
 from pumice.core.activation import ACTIVATIONS, SLOPES, activate, activate_backward
 from pumice.core.dispatch import Call
-from pumice.kernels import reference
+from pumice.kernels import experts_trained, reference
 from pumice.moe import Plan
 from pumice.moe.grouped import expert_mlp
 
@@ -198,6 +198,36 @@ def test_training_is_that_of_a_plan_with_a_tap(dtype):
 
     slack = 1e-5 if dtype is torch.float32 else 3e-2
     for ours, theirs in zip(fused, trained(tapped, leaves), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=slack, atol=slack * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("in_order", [False, True])
+def test_a_few_experts_at_a_time_are_all_of_them(isa, in_order, dtype):
+    torch.manual_seed(0)
+    assignments, width, hidden, tokens = 1300, 24, 40, 1300 if in_order else 90
+    offsets = torch.tensor([0, 500, 510, 510, 1000, 1300])
+    assert len(experts_trained._chunks(offsets)) == 3
+    token = None if in_order else torch.randint(tokens, (assignments,))
+    scale = None if in_order else torch.rand(assignments)
+    x, g = torch.randn(tokens, width).to(dtype), torch.randn(tokens, width).to(dtype)
+    up, down = (torch.randn(5, 2 * hidden, width) * 0.2).to(dtype), (torch.randn(5, width, hidden) * 0.2).to(dtype)
+    biases = torch.randn(5, 2 * hidden).to(dtype), torch.randn(5, width).to(dtype)
+    want, found = experts_trained.Want(True, True, True, True), {}
+    for name in ("native", "parts"):
+        state = up, down, FORMS[1]
+        run = dispatch.get("expert_mlp_trained", "dense", name).prepare(state, None)
+        y, products = run(x, offsets, token, scale, *biases)
+        back = dispatch.get("expert_mlp_backward", "dense", name).prepare(state, None)
+        made = back(g, x, found.get("products", products), offsets, token, scale, want)
+        found["products"] = products
+        found[name] = [y, products, made.x, made.up, made.down, made.up_bias, made.scale]
+    slack = 1e-4 if dtype is torch.float32 else 3e-2
+    for ours, theirs in zip(found["native"], found["parts"], strict=True):
+        if theirs is None or theirs.numel() == 0:
+            assert in_order
+            continue
+        assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs, rtol=slack, atol=slack * theirs.abs().max().item())
 
 

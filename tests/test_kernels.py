@@ -397,12 +397,20 @@ GUARDED = """
 """
 
 
-@needs_native
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs mprotect as Linux has it")
-def test_nothing_is_read_beyond_the_tensors():
+def check_guarded(body=None):
+    """Run a script with `at_the_end`, that of GUARDED or another, which must not die and prints that it read nothing beyond."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("needs mprotect as Linux has it")
     script = textwrap.dedent(GUARDED)
+    if body is not None:
+        script = script.split("torch.set_num_threads(1)")[0] + "torch.set_num_threads(1)\n" + textwrap.dedent(body)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
     assert "read nothing beyond" in done.stdout, f"exit {done.returncode}: {done.stderr[-2000:]}"
+
+
+@needs_native
+def test_nothing_is_read_beyond_the_tensors():
+    check_guarded()
 
 
 def test_row_starts_with_and_without_the_extension(monkeypatch):

@@ -19,6 +19,7 @@ struct Job {
   int64_t image;       // bytes of x of one image
   int64_t chunks;      // of outputs
   int64_t pieces;
+  bool by_outputs;     // pieces are ranges of outputs
   bool out_of_memory;
 };
 
@@ -36,16 +37,39 @@ int64_t cost_before(const Job& job, int64_t k) {
   return job.all.w ? cost_before(*job.all.w, k) : cost_before(*job.all.bundles, k);
 }
 
-// Where piece `k` begins: block and chunk of outputs.
+// The chunk before which about `part` of the cost of all outputs lies.
+int64_t chunk_at(const Job& job, double part) {
+  const double cost = part * (double)cost_before(job, job.chunks);
+  int64_t chunk = 0;
+  while (chunk < job.chunks && (double)cost_before(job, chunk + 1) <= cost) ++chunk;
+  return chunk;
+}
+
+// Blocks [block, last_block) with all their outputs, but of the first only chunks from `chunk` on, and `last_chunk` of the one
+// behind the last. Or, where `by_outputs`, chunks [chunk, last_chunk) of every block.
+struct Piece {
+  int64_t block, chunk, last_block, last_chunk;
+};
+
 void piece_begin(const Job& job, int64_t k, int64_t* block, int64_t* chunk) {
-  const int64_t chunks = job.chunks, whole = cost_before(job, chunks);
   const int64_t blocks = job.all.conv->N * job.all.blocks;
   // In units of a block's cost, since the product of all could be too large.
   *block = blocks * k / job.pieces;
-  const double part = (double)blocks * (double)k / (double)job.pieces - (double)*block;
-  *chunk = 0;
-  while (*chunk < chunks && (double)cost_before(job, *chunk + 1) <= part * (double)whole) ++*chunk;
-  if (*chunk == chunks) ++*block, *chunk = 0;
+  *chunk = chunk_at(job, (double)blocks * (double)k / (double)job.pieces - (double)*block);
+  if (*chunk == job.chunks) ++*block, *chunk = 0;
+}
+
+Piece pieces(const Job& job, int64_t first, int64_t last) {
+  Piece piece = {};
+  if (job.by_outputs) {
+    piece.last_block = job.all.conv->N * job.all.blocks;
+    piece.chunk = first ? chunk_at(job, (double)first / (double)job.pieces) : 0;
+    piece.last_chunk = last < job.pieces ? chunk_at(job, (double)last / (double)job.pieces) : job.chunks;
+    return piece;
+  }
+  piece_begin(job, first, &piece.block, &piece.chunk);
+  piece_begin(job, last, &piece.last_block, &piece.last_chunk);
+  return piece;
 }
 
 int64_t block_end(const Convolved& job, int64_t k) { return k + 1 < job.blocks ? block_begin(job, k + 1) : job.positions; }
@@ -62,10 +86,10 @@ void product_pieces(int64_t first, int64_t last, void* context) {
     job.out_of_memory = true;
     return;
   }
-  int64_t block, chunk, last_block, last_chunk;
-  piece_begin(job, first, &block, &chunk);
-  piece_begin(job, last, &last_block, &last_chunk);
-  const int64_t stop = last_chunk ? last_block + 1 : last_block;
+  const Piece piece = pieces(job, first, last);
+  if (job.by_outputs && piece.chunk == piece.last_chunk) return;
+  int64_t block = piece.block, chunk = piece.chunk;
+  const int64_t stop = piece.last_chunk && !job.by_outputs ? piece.last_block + 1 : piece.last_block;
   while (block < stop) {
     const int64_t image = block / blocks, end = std::min(stop, (image + 1) * blocks);
     Convolved mine = job.all;
@@ -76,8 +100,8 @@ void product_pieces(int64_t first, int64_t last, void* context) {
       job.kernel->lay_out(job.planes, mine.planes, begin, std::min(job.planes.rows, furthest / mine.width + 1), laid);
       mine.planes = laid;
     }
-    for (; block < end; ++block, chunk = 0) {
-      const int64_t last_one = block == last_block ? last_chunk : job.chunks;
+    for (; block < end; ++block, chunk = job.by_outputs ? piece.chunk : 0) {
+      const int64_t last_one = job.by_outputs || block == piece.last_block ? piece.last_chunk : job.chunks;
       if (w)
         job.kernel->product(mine, block, chunk * kOutputs, std::min(w->O, last_one * kOutputs), panel, sums);
       else
@@ -122,6 +146,9 @@ bool run(Job& job, const Conv& conv, int64_t O, int dtype, int64_t count, const 
   job.all.as_it_is = job.kernel->size == size && planes.phases == 1 && conv.stride[0] == 1 && conv.stride[1] == 1 &&
                  conv.before[0] == 0 && conv.before[1] == 0 && planes.rows == conv.H && planes.width == conv.W;
   job.pieces = std::max<int64_t>(1, std::min(work / kWorkPerThread, threads));
+  // Few blocks do not come out even, and each would read all weights. But every thread copies the columns of taps.
+  job.by_outputs = job.pieces > 1 && conv.N * all.blocks <= 3 * job.pieces && job.chunks >= 2 * job.pieces &&
+                   (!all.w || O >= 2 * all.w->I);
   parallel(job.pieces, product_pieces, &job);
   return !job.out_of_memory;
 }
