@@ -148,6 +148,12 @@ def test_grouped_outer_is_the_sum_of_outer_products():
         torch.testing.assert_close(out, wanted)
 
 
+def test_gradients_of_biases_are_summed_in_float32():
+    g, offsets = torch.randn(3000, 5).add(1).bfloat16(), torch.tensor([0, 2000, 2000, 3000])
+    wanted = torch.stack([g[:2000].double().sum(0), torch.zeros(5, dtype=torch.float64), g[2000:].double().sum(0)])
+    torch.testing.assert_close(grouped.bias_gradient(g, offsets), wanted.bfloat16())
+
+
 def test_gradients_are_not_wanted_in_inference_and_values_are_the_same():
     given, expert_A = case(COUNTS[0], 16, 16, True, True, False, dtype=torch.float32)
     plan = Plan.pairs(given["scatter"], expert_A, given["scale"], 6, 5)

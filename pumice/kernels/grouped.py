@@ -169,9 +169,10 @@ def _(g: Tensor, x: Tensor, offsets: Tensor, g_rows: Tensor | None, x_rows: Tens
 
 
 def bias_gradient(g_AO: Tensor, offsets: Tensor) -> Tensor:
-    """The sum of each expert's rows: [E, O]."""
-    sums_EO = g_AO.new_zeros(offsets.shape[0] - 1, g_AO.shape[1])
-    return sums_EO.index_add_(0, _expert_of(offsets, g_AO.shape[0]), g_AO)
+    """The sum of each expert's rows, in float32 where they are of half precision: [E, O]."""
+    wide = torch.promote_types(g_AO.dtype, torch.float32)
+    sums_EO = g_AO.new_zeros(offsets.shape[0] - 1, g_AO.shape[1], dtype=wide)
+    return sums_EO.index_add_(0, _expert_of(offsets, g_AO.shape[0]), g_AO.to(wide)).to(g_AO.dtype)
 
 
 def bias_products(g_AO: Tensor, bias_EO: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
