@@ -13,7 +13,8 @@ from pumice.core.errors import PumiceError
 from pumice.kernels import coded_ops, cpu_backend, ops
 from pumice.weights.grid import Coding
 from pumice.weights.layouts import base
-from tests.test_kernels import check_guarded, needs_native
+from tests.guarded import check_guarded
+from tests.test_kernels import needs_native
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 CODINGS = [Coding("int8", 8)] + [Coding("int4", 4, group, zero) for group in (16, 32) for zero in (False, True)]
@@ -398,5 +399,4 @@ def test_no_byte_beyond_the_tensors_is_read():
                                 run = dispatch.get("linear", layout, name).prepare(packed, None)
                                 for rows in (1, 3, 17):
                                     run(at_the_end(torch.randn(rows, i).to(dtype)))
-        print("read nothing beyond")
     """)

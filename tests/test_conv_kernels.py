@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from pumice.core import dispatch
-from pumice.core.convolution import Convolution
+from pumice.core.convolution import Convolution, bundled_share
 from pumice.core.errors import PumiceError
 from pumice.kernels import conv_bundles, conv_cpu, cpu_backend, reference
 from pumice.weights.layouts import base
 from pumice.weights.modules import SparseConv2d
-from tests.test_kernels import check_guarded, mask_of, needs_native
+from tests.guarded import check_guarded
+from tests.test_kernels import mask_of, needs_native
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 LAYOUTS = {"csr": {}, "bitmask": {}, "nm": {"n": 2, "m": 4}, "block": {"r": 4, "c": 8}}
@@ -307,9 +308,9 @@ def test_groups_of_outputs_are_multiplied_alone(isa, dtype):
         packed = base.pack((torch.randn(outputs, 90) * kept).to(dtype), "csr")
         check("bundles", packed, 10, (7, 9), Convolution((3, 3), before=(1, 1), after=(1, 1)))
         if group >= 8:
-            assert conv_bundles.bundled_share(packed) == pytest.approx(float(kept.float().mean()))
+            assert bundled_share(base.unpack(packed)) == pytest.approx(float(kept.float().mean()))
+    assert bundled_share(torch.eye(16, 4)) == pytest.approx(4 / 8)
     # A dense weight has all its columns, zeros or not.
-    assert conv_bundles.bundled_share(base.pack(torch.zeros(9, 4), "dense")) == 1
     assert (
         conv_bundles.bundles_of(base.pack(torch.zeros(9, 5, dtype=dtype), "dense")).starts == torch.tensor([0, 3, 6])
     ).all()
@@ -369,7 +370,7 @@ def test_dense_ways_take_groups_and_padding_on_one_side(name):
 @needs_native
 def test_no_number_beyond_the_images_and_the_plan_is_read():
     check_guarded("""
-        from pumice.core.convolution import Convolution
+        from pumice.core.convolution import Convolution, bundled_share
         from pumice.kernels import conv_bundles, conv_cpu
         conv_cpu.taps_of = lambda packed: conv_cpu.Taps(*map(at_the_end, conv_cpu._taps(packed)))
         conv_bundles.bundles_of = lambda packed: conv_bundles.Bundles(*map(at_the_end, conv_bundles._bundles(packed)))
@@ -392,5 +393,4 @@ def test_no_number_beyond_the_images_and_the_plan_is_read():
                             add = at_the_end(torch.randn(images, o, *how.output(*size)).to(dtype))
                             run(x, how)
                             run(x, how, add)
-        print("read nothing beyond")
     """)

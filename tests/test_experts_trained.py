@@ -111,12 +111,13 @@ def test_a_few_experts_at_a_time_are_all_of_them(isa, in_order, dtype):
     up, down = (torch.randn(5, 2 * hidden, width) * 0.2).to(dtype), (torch.randn(5, width, hidden) * 0.2).to(dtype)
     biases = torch.randn(5, 2 * hidden).to(dtype), torch.randn(5, width).to(dtype)
     want, found = experts_trained.Want(True, True, True, True), {}
+    routed = experts_trained.Routed(offsets, token, scale)
     for name in ("native", "parts"):
         state = up, down, FORMS[1]
         run = dispatch.get("expert_mlp_trained", "dense", name).prepare(state, None)
-        y, products = run(x, offsets, token, scale, *biases)
+        y, products = run(x, routed, biases)
         back = dispatch.get("expert_mlp_backward", "dense", name).prepare(state, None)
-        made = back(g, x, found.get("products", products), offsets, token, scale, want)
+        made = back(g, x, found.get("products", products), routed, want)
         found["products"] = products
         found[name] = [y, products, made.x, made.up, made.down, made.up_bias, made.scale]
     slack = 1e-4 if dtype is torch.float32 else 3e-2

@@ -6,7 +6,6 @@ The yardstick is the float64 product: a kernel may be at most twice as far from 
 import json
 import subprocess
 import sys
-import textwrap
 import threading
 
 import pytest
@@ -18,6 +17,7 @@ from pumice.core.errors import PumiceError
 from pumice.kernels import cpu_backend, features, ops, planned, reference
 from pumice.weights.layouts import base
 from tests.conftest import ISAS, ROOT
+from tests.guarded import check_guarded
 
 LAYOUTS = {"bitmask": {}, "nm": {"n": 2, "m": 4}, "block": {"r": 4, "c": 8}, "csr": {}}
 WITH_DENSE = {"dense": {}, **LAYOUTS}
@@ -340,79 +340,51 @@ def test_what_is_derived_is_made_once_counted_and_made_again_after_a_change(layo
         torch.testing.assert_close(compiled(x), layer(x))
 
 
-GUARDED = """
-    import ctypes, mmap, sys
-    import torch
-    from pumice.core import dispatch
-    from pumice.weights.layouts import base
-    dispatch.discover()
-    from pumice.kernels import cpu_backend, csr_cpu
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    page, held = mmap.PAGESIZE, []
-
-    def at_the_end(tensor):
-        "A copy whose last byte is the last one that may be read."
-        size = tensor.numel() * tensor.element_size()
-        if not size:
-            return tensor
-        pages = -(-max(size, 1) // page) + 1
-        area = mmap.mmap(-1, pages * page)
-        held.append(area)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(area))
-        assert libc.mprotect(ctypes.c_void_p(start + (pages - 1) * page), page, 0) == 0
-        offset = (pages - 1) * page - size
-        copy = torch.frombuffer(area, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
-        return copy.copy_(tensor.flatten()).view(tensor.shape)
-
-    torch.set_num_threads(1)
-    for isa, reason in cpu_backend.instruction_sets().items():
-        if reason is not None:
-            continue
-        cpu_backend.force(isa)
-        for dtype in (torch.bfloat16, torch.float32):
-            for layout, params, o, i in (("bitmask", {}, 5, 64), ("bitmask", {}, 3, 200), ("bitmask", {}, 4, 7),
-                                         ("block", {"r": 4, "c": 8}, 8, 64), ("block", {"r": 2, "c": 33}, 8, 66),
-                                         ("block", {"r": 9, "c": 6}, 18, 66), ("block", {"r": 16, "c": 1}, 16, 7),
-                                         ("nm", {"n": 2, "m": 4}, 5, 64), ("nm", {"n": 2, "m": 3}, 4, 9),
-                                         ("csr", {}, 5, 64), ("csr", {}, 33, 300), ("csr", {}, 4, 7)):
-                w_OI = torch.randn(o, i)
-                if layout == "nm":
-                    w_OI = w_OI.unflatten(1, (-1, params["m"]))
-                    w_OI[..., params["n"]:] = 0
-                    w_OI = w_OI.flatten(1)
-                packed = base.pack(w_OI.to(dtype), layout, **params)
-                packed.tensors = {name: at_the_end(tensor) for name, tensor in packed.tensors.items()}
-                if layout == "csr":
-                    # The kernels read the tiles: those must not be left either.
-                    tiles = csr_cpu._tiles(packed, *packed.tensors.values())
-                    ends = [at_the_end(part) if isinstance(part, torch.Tensor) else part for part in tiles]
-                    csr_cpu.tiles_of = lambda packed, ends=ends: csr_cpu.Tiles(*ends)
-                names = {"csr": ("tiles",), "block": ("decode", "blocks", "panel")}.get(layout, ("decode", "panel"))
-                for name in names:
-                    run = dispatch.get("linear", layout, name).prepare(packed, None)
-                    for rows in (1, 2, 3, 9, 20):
-                        if name == "decode" and rows > cpu_backend.DECODE_ROWS[layout]:
-                            continue
-                        run(at_the_end(torch.randn(rows, i).to(dtype)))
-    print("read nothing beyond")
-"""
-
-
-def check_guarded(body=None):
-    """Run a script with `at_the_end`, that of GUARDED or another, which must not die and prints that it read nothing beyond."""
-    if not sys.platform.startswith("linux"):
-        pytest.skip("needs mprotect as Linux has it")
-    script = textwrap.dedent(GUARDED)
-    if body is not None:
-        script = script.split("torch.set_num_threads(1)")[0] + "torch.set_num_threads(1)\n" + textwrap.dedent(body)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert "read nothing beyond" in done.stdout, f"exit {done.returncode}: {done.stderr[-2000:]}"
-
-
 @needs_native
 def test_nothing_is_read_beyond_the_tensors():
-    check_guarded()
+    check_guarded("""
+        from pumice.kernels import csr_cpu
+        for isa, reason in cpu_backend.instruction_sets().items():
+            if reason is not None:
+                continue
+            cpu_backend.force(isa)
+            for dtype in (torch.bfloat16, torch.float32):
+                for layout, params, o, i in (("bitmask", {}, 5, 64), ("bitmask", {}, 3, 200), ("bitmask", {}, 4, 7),
+                                             ("block", {"r": 4, "c": 8}, 8, 64), ("block", {"r": 2, "c": 33}, 8, 66),
+                                             ("block", {"r": 9, "c": 6}, 18, 66), ("block", {"r": 16, "c": 1}, 16, 7),
+                                             ("nm", {"n": 2, "m": 4}, 5, 64), ("nm", {"n": 2, "m": 3}, 4, 9),
+                                             ("csr", {}, 5, 64), ("csr", {}, 33, 300), ("csr", {}, 4, 7)):
+                    w_OI = torch.randn(o, i)
+                    if layout == "nm":
+                        w_OI = w_OI.unflatten(1, (-1, params["m"]))
+                        w_OI[..., params["n"]:] = 0
+                        w_OI = w_OI.flatten(1)
+                    packed = base.pack(w_OI.to(dtype), layout, **params)
+                    packed.tensors = {name: at_the_end(tensor) for name, tensor in packed.tensors.items()}
+                    if layout == "csr":
+                        # The kernels read the tiles: those must not be left either.
+                        tiles = csr_cpu._tiles(packed, *packed.tensors.values())
+                        ends = [at_the_end(part) if isinstance(part, torch.Tensor) else part for part in tiles]
+                        csr_cpu.tiles_of = lambda packed, ends=ends: csr_cpu.Tiles(*ends)
+                    names = {"csr": ("tiles",), "block": ("decode", "blocks", "panel")}.get(layout, ("decode", "panel"))
+                    for name in names:
+                        run = dispatch.get("linear", layout, name).prepare(packed, None)
+                        for rows in (1, 2, 3, 9, 20):
+                            if name == "decode" and rows > cpu_backend.DECODE_ROWS[layout]:
+                                continue
+                            run(at_the_end(torch.randn(rows, i).to(dtype)))
+    """)
+
+
+def test_reading_on_would_be_seen():
+    # A sanitizer that is loaded takes the signal, and says so.
+    with pytest.raises(AssertionError, match=r"exit -11|AddressSanitizer"):
+        check_guarded("""
+            import ctypes
+            tensor = at_the_end(torch.zeros(5))
+            ctypes.string_at(tensor.data_ptr(), 20)
+            ctypes.string_at(tensor.data_ptr(), 21)
+        """)
 
 
 def test_row_starts_with_and_without_the_extension(monkeypatch):

@@ -18,6 +18,7 @@ TESTS = (
     "test_conv_kernels.py",
     "test_lanes.py",
     "test_grouped_kernels.py",
+    "test_hidden.py",
     "test_calibration_kernels.py",
 )
 FAULT = """

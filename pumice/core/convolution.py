@@ -9,7 +9,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+from torch.nn.functional import pad
+
 Pair = tuple[int, int]
+BUNDLE = 8
+"""Outputs that a kernel may take together, so that they share the columns that any of them has."""
+
+
+def bundles(w_OI: Tensor) -> Tensor:
+    """A weight in whole bundles, filled up with rows of zeros: [bundles, BUNDLE, I]."""
+    return pad(w_OI, (0, 0, 0, -len(w_OI) % BUNDLE)).unflatten(0, (-1, BUNDLE))
+
+
+def bundled_share(w_OI: Tensor) -> float:
+    """The share of all columns that a bundle has: all zeros of groups of outputs can be left out, few of those at random."""
+    return float((bundles(w_OI) != 0).any(1).float().mean())
 
 
 @dataclass(frozen=True)

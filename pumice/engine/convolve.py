@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pumice.core import dispatch
-from pumice.core.convolution import Convolution
+from pumice.core.convolution import Convolution, bundled_share
 from pumice.engine import verdicts
 from pumice.engine.conv_sites import CLAMPS, Found, Site
 from pumice.engine.layer_timing import MARGIN, Timing, Verdict, time_in_turns
@@ -256,8 +256,7 @@ def pack_site(site: Site, remeasure: bool = False) -> Packing:
     candidates = _candidates(site)
     density = round(float((candidates[0].tensors["weight"] != 0).float().mean()) * 40)
     # Zeros in groups of outputs run otherwise than as many at random.
-    eights = candidates[0].tensors["weight"].split(8)
-    bundled = round(sum(float((eight != 0).any(0).float().mean()) for eight in eights) / len(eights) * 40)
+    bundled = round(bundled_share(candidates[0].tensors["weight"]) * 40)
     key = ("conv2d", site.shape, how(site), candidates[0].dtype, [c.layout for c in candidates], density, bundled)
     verdict = None if remeasure else verdicts.recall(key)
     if verdict is None:

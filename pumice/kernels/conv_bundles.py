@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pumice.core import convolution
+from pumice.core.convolution import BUNDLE
 from pumice.core.dispatch import Backend, Run, register
 from pumice.core.errors import PumiceError
 from pumice.kernels import cpu_backend
@@ -23,8 +25,8 @@ from pumice.kernels.cpu_backend import CODES
 from pumice.kernels.derived import derived
 from pumice.weights.layouts.base import Packed, unpack, validate
 
-BUNDLE, NO_COLUMN = 8, -1
-"""As in `kernels/cpu/conv.h`, whose numbers without a sign these are."""
+NO_COLUMN = -1
+"""As in `kernels/cpu/conv.h`, where it is a number without a sign."""
 
 
 class Bundles(NamedTuple):
@@ -47,17 +49,8 @@ def bundles_of(packed: Packed) -> Bundles:
 
 def _whole(packed: Packed) -> tuple[Tensor, Tensor]:
     """The weight in whole bundles [B, BUNDLE, I], and whether they have a column [B, I]."""
-    w_OI = unpack(packed).detach()
-    outputs, inputs = w_OI.shape
-    bundles = -(-outputs // BUNDLE)
-    whole = torch.nn.functional.pad(w_OI, (0, 0, 0, bundles * BUNDLE - outputs)).view(bundles, BUNDLE, inputs)
+    whole = convolution.bundles(unpack(packed).detach())
     return whole, (whole != 0).any(1) | (packed.layout == "dense")
-
-
-def bundled_share(packed: Packed) -> float:
-    """Of all numbers of a matrix, the share that is multiplied where it runs in bundles."""
-    _, there_BI = _whole(packed)
-    return float(there_BI.float().mean())
 
 
 def _bundles(packed: Packed) -> Bundles:

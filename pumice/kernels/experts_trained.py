@@ -6,8 +6,8 @@ backend goes through the experts a few at a time, so that what lies between two 
 memory, which costs more than to compute what is in it.
 
 A backend of the op "expert_mlp_trained" is prepared as `prepare((up, down, form), None)` and runs as
-`run(x, offsets_E1, token_A, scale_A, up_bias, down_bias) -> (y, products)`; one of "expert_mlp_backward" is prepared alike
-and runs as `run(g, x, products, offsets_E1, token_A, scale_A, want) -> Gradients`. A call's rows are the assignments, its
+`run(x, routed, biases) -> (y, products)`; one of "expert_mlp_backward" is prepared alike and runs as
+`run(g, x, products, routed, want) -> Gradients`. A call's rows are the assignments, its
 shape (F, D), its `experts` a parameter. Second derivatives are not there.
 Legend: T tokens, D model width, F hidden width, E experts, A assignments sorted by expert.
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,17 @@ from pumice.kernels.hidden import activate, activate_backward
 
 CHUNK_ROWS = 192
 """Assignments for each thread that go through all products before the next."""
+
+
+Biases = tuple[Tensor | None, Tensor | None]
+
+
+class Routed(NamedTuple):
+    """A plan: `offsets_E1`, the token of each assignment (None: its own row of x and y), and what its result is scaled by."""
+
+    offsets: Tensor
+    token: Tensor | None
+    scale: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -56,14 +67,8 @@ class Gradients:
 def _prepare(state: Any, _: Tensor | None) -> Any:
     up, down, form = state
 
-    def run(
-        x: Tensor,
-        offsets: Tensor,
-        token: Tensor | None,
-        scale: Tensor | None,
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    def run(x: Tensor, routed: Routed, biases: Biases) -> tuple[Tensor, Tensor]:
+        (offsets, token, scale), (up_bias, down_bias) = routed, biases
         products = grouped_linear(x, up, offsets, up_bias, token, None, None, 0)
         rows = 0 if token is None else x.shape[0]
         return grouped_linear(activate(products, *form), down, offsets, down_bias, None, token, scale, rows), products
@@ -74,9 +79,8 @@ def _prepare(state: Any, _: Tensor | None) -> Any:
 def _prepare_backward(state: Any, _: Tensor | None) -> Any:
     up, down, form = state
 
-    def run(
-        g: Tensor, x: Tensor, products: Tensor, offsets: Tensor, token: Tensor | None, scale: Tensor | None, want: Want
-    ) -> Gradients:
+    def run(g: Tensor, x: Tensor, products: Tensor, routed: Routed, want: Want) -> Gradients:
+        offsets, token, scale = routed
         made = Gradients()
         middle = grouped_linear(g, down.transpose(1, 2), offsets, None, token, None, None, 0)
         to_products, made.scale = activate_backward(products, middle, scale, *form)
@@ -143,28 +147,20 @@ def _sums(rows: int, width: int, like: Tensor) -> Tensor:
 def _prepare_native(state: Any, _: Tensor | None) -> Any:
     up, down, form = state
 
-    def run(
-        x: Tensor,
-        offsets: Tensor,
-        token: Tensor | None,
-        scale: Tensor | None,
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    def run(x: Tensor, routed: Routed, biases: Biases) -> tuple[Tensor, Tensor]:
+        offsets, token, scale = routed
         assignments = x.shape[0] if token is None else token.shape[0]
         products = x.new_empty(assignments, up.shape[1])
         y = x.new_empty(assignments, down.shape[1]) if token is None else _sums(x.shape[0], down.shape[1], x)
         chunks = _chunks(offsets)
         for chunk, middle in zip(chunks, _spaces(chunks, down.shape[2], x), strict=True):
-            part, biases = (
-                chunk.offsets(offsets),
-                [None if b is None else b[chunk.experts] for b in (up_bias, down_bias)],
-            )
+            part = chunk.offsets(offsets)
+            up_bias, down_bias = (None if bias is None else bias[chunk.experts] for bias in biases)
             rows = x[chunk.rows] if token is None else x
-            stage(rows, up[chunk.experts], part, biases[0], PLAIN, chunk.of(token), out=products[chunk.rows])
+            stage(rows, up[chunk.experts], part, up_bias, PLAIN, chunk.of(token), out=products[chunk.rows])
             hidden.native_activate(products[chunk.rows], form, middle)
             more = (PLAIN, None, chunk.of(token), chunk.of(scale))
-            stage(middle, down[chunk.experts], part, biases[1], *more, out=y[chunk.rows] if token is None else y)
+            stage(middle, down[chunk.experts], part, down_bias, *more, out=y[chunk.rows] if token is None else y)
         return y.to(x.dtype), products
 
     return run
@@ -173,9 +169,8 @@ def _prepare_native(state: Any, _: Tensor | None) -> Any:
 def _prepare_native_backward(state: Any, _: Tensor | None) -> Any:
     up, down, form = state
 
-    def run(
-        g: Tensor, x: Tensor, products: Tensor, offsets: Tensor, token: Tensor | None, scale: Tensor | None, want: Want
-    ) -> Gradients:
+    def run(g: Tensor, x: Tensor, products: Tensor, routed: Routed, want: Want) -> Gradients:
+        offsets, token, scale = routed
         made, chunks = Gradients(), _chunks(offsets)
         if want.x:
             made.x = torch.empty_like(x) if token is None else _sums(x.shape[0], x.shape[1], x)
@@ -243,7 +238,7 @@ def expert_mlp_trained(
     """`expert_mlp` with gradients, and the products with `up`, which have none: they are for the backward pass."""
     assignments = x.shape[0] if token is None else token.shape[0]
     run = _run("expert_mlp_trained", up, down, (act, gate, alpha, limit), assignments)
-    return run(x, offsets, token, scale, up_bias, down_bias)
+    return run(x, Routed(offsets, token, scale), (up_bias, down_bias))
 
 
 @expert_mlp_trained.register_fake
@@ -277,7 +272,7 @@ def expert_mlp_backward(
 ) -> list[Tensor]:
     """The gradients of x, up, down, the bias of `up` and the scales; empty where not wanted, or without scales."""
     run = _run("expert_mlp_backward", up, down, (act, gate, alpha, limit), products.shape[0])
-    made: Gradients = run(g, x, products, offsets, token, scale, Want(*want))
+    made: Gradients = run(g, x, products, Routed(offsets, token, scale), Want(*want))
     found = (made.x, made.up, made.down, made.up_bias, made.scale)
     return [x.new_empty(0) if gradient is None else gradient for gradient in found]
 

@@ -117,11 +117,15 @@ inline float slope_of(float x, float alpha, float* act) {
     *act = x * share;
     return share + x * 0.398942280401432678f * e;
   }
-  // The others are x, or one, times sigmoid(z).
-  const float cube = 0.044715f * x * x;
-  const float z = kAct == kSilu || kAct == kSigmoid ? x : kAct == kClampedSwish ? alpha * x : 1.5957691216057308f * (x + cube * x);
-  const float slope = kAct == kSilu || kAct == kSigmoid ? 1.0f : kAct == kClampedSwish ? alpha : 1.5957691216057308f * (1.0f + 3.0f * cube);
-  const float share = sigmoid(z), rise = share * (1.0f - share) * slope;
+  // The others are x, or one, times sigmoid(z), where z is a multiple of x or of a cubic.
+  float z = x, rise = 1.0f;
+  if (kAct == kClampedSwish) z = alpha * x, rise = alpha;
+  if (kAct == kGeluTanh) {
+    const float square = 0.044715f * x * x;
+    z = 1.5957691216057308f * (x + square * x), rise = 1.5957691216057308f * (1.0f + 3.0f * square);
+  }
+  const float share = sigmoid(z);
+  rise *= share * (1.0f - share);
   *act = kAct == kSigmoid ? share : x * share;
   return kAct == kSigmoid ? rise : share + x * rise;
 }

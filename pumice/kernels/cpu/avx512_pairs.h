@@ -176,7 +176,7 @@ inline void pair_block(const Convolved& job, int64_t image, int64_t q, int64_t n
 void pair_product(const Convolved& job, int64_t block, int64_t begin, int64_t end, void* room, float* sums) {
   BF16* panel = (BF16*)room;
   const int64_t image = block / job.blocks, k = block % job.blocks, q = block_begin(job, k);
-  const int64_t stop = k + 1 < job.blocks ? block_begin(job, k + 1) : job.positions, n = stop - q;
+  const int64_t n = block_end(job, k) - q;
   switch ((n + 31) / 32) {
     case 4: return pair_block<4>(job, image, q, n, begin, end, panel, sums);
     case 3: return pair_block<3>(job, image, q, n, begin, end, panel, sums);
@@ -191,6 +191,8 @@ PUMICE_APART void pair_strip(const Convolved& job, int64_t image, int64_t q, int
   const Conv& conv = *job.conv;
   const BF16* x = (const BF16*)job.planes + q;
   const __mmask32 inside = first32(n);
+  const Strip strip = strip_of(job, q, n);
+  if (strip.place < 0) return;
   PairSums sums[kBundle];
   PUMICE_UNROLL
   for (int o = 0; o < kBundle; ++o) {
@@ -200,7 +202,7 @@ PUMICE_APART void pair_strip(const Convolved& job, int64_t image, int64_t q, int
   const int64_t first = w.starts[bundle], last = w.starts[bundle + 1];
   const BF16* value = (const BF16*)w.values + first * kBundle * 2;
   auto column = [&](uint32_t code) {
-    return _mm512_maskz_loadu_epi16(inside, x + (int64_t)(code / kMostTaps) * job.channel + job.shifts[code % kMostTaps]);
+    return _mm512_maskz_loadu_epi16(inside, column_of(job, x, code));
   };
   auto multiply = [&](__m512i one, __m512i two) {
     const __m512bh low = pairs(_mm512_unpacklo_epi16(one, two)), high = pairs(_mm512_unpackhi_epi16(one, two));
@@ -216,8 +218,6 @@ PUMICE_APART void pair_strip(const Convolved& job, int64_t image, int64_t q, int
   for (int64_t s = first; s < last - odd; ++s) multiply(column(w.codes[2 * s]), column(w.codes[2 * s + 1]));
   if (odd) multiply(column(w.codes[2 * last - 2]), _mm512_setzero_si512());
 
-  const Strip strip = strip_of(job, q, n);
-  if (strip.place < 0) return;
   const __mmask32 outputs = strip.outputs;
   const __mmask32 count = first32(__builtin_popcount(outputs));
   const int64_t plane = conv.out[0] * conv.out[1];

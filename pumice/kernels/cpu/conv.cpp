@@ -17,7 +17,8 @@ struct Job {
   int64_t reach;       // what the farthest tap reads behind the first, in a phase
   const char* x;
   int64_t image;       // bytes of x of one image
-  int64_t chunks;      // of outputs
+  int64_t total, each; // outputs, or bundles, and how many of them are shared out together:
+  int64_t chunks;
   int64_t pieces;
   bool by_outputs;     // pieces are ranges of outputs
   bool out_of_memory;
@@ -72,8 +73,6 @@ Piece pieces(const Job& job, int64_t first, int64_t last) {
   return piece;
 }
 
-int64_t block_end(const Convolved& job, int64_t k) { return k + 1 < job.blocks ? block_begin(job, k + 1) : job.positions; }
-
 // Each thread lays out what it reads itself: other threads' caches are farther than the work is long.
 void product_pieces(int64_t first, int64_t last, void* context) {
   Job& job = *(Job*)context;
@@ -102,15 +101,12 @@ void product_pieces(int64_t first, int64_t last, void* context) {
     }
     for (; block < end; ++block, chunk = job.by_outputs ? piece.chunk : 0) {
       const int64_t last_one = job.by_outputs || block == piece.last_block ? piece.last_chunk : job.chunks;
-      if (w)
-        job.kernel->product(mine, block, chunk * kOutputs, std::min(w->O, last_one * kOutputs), panel, sums);
-      else
-        job.kernel->product(mine, block, chunk, last_one, panel, sums);
+      job.kernel->product(mine, block, chunk * job.each, std::min(job.total, last_one * job.each), panel, sums);
     }
   }
 }
 
-// `job` knows the matrix, its chunks and its kernel; `count` products for each position.
+// `job` knows the matrix, how it is shared out, and its kernel; there are `count` products for each position.
 bool run(Job& job, const Conv& conv, int64_t O, int dtype, int64_t count, const void* x, void* y, int64_t threads) {
   const int64_t taps = conv.kernel[0] * conv.kernel[1];
   if (conv.N == 0 || O == 0 || conv.out[0] == 0 || conv.out[1] == 0) return true;
@@ -118,8 +114,10 @@ bool run(Job& job, const Conv& conv, int64_t O, int dtype, int64_t count, const 
   Planes& planes = job.planes;
   planes.conv = &conv;
   // A phase has as many rows and columns as the last tap of all phases reads.
-  for (int a = 0; a < 2; ++a)
-    (a ? planes.width : planes.rows) = conv.out[a] + (conv.kernel[a] - 1) * conv.dilation[a] / conv.stride[a];
+  auto extent = [&conv](int axis) {
+    return conv.out[axis] + (conv.kernel[axis] - 1) * conv.dilation[axis] / conv.stride[axis];
+  };
+  planes.rows = extent(0), planes.width = extent(1);
   for (int64_t t = 0; t < taps; ++t) {
     const int64_t row = t / conv.kernel[1] * conv.dilation[0], column = t % conv.kernel[1] * conv.dilation[1];
     const int64_t r = row % conv.stride[0] - conv.before[0], shift = conv.before[1] - column % conv.stride[1];
@@ -143,8 +141,9 @@ bool run(Job& job, const Conv& conv, int64_t O, int dtype, int64_t count, const 
   all.blocks = (all.positions + job.kernel->positions - 1) / job.kernel->positions, all.lanes = job.kernel->lanes;
   all.channel = planes.channel = planes.phases * planes.rows * planes.width;
   const int64_t work = std::max<int64_t>(count, O) * all.positions * conv.N;
-  job.all.as_it_is = job.kernel->size == size && planes.phases == 1 && conv.stride[0] == 1 && conv.stride[1] == 1 &&
+  all.as_it_is = job.kernel->size == size && planes.phases == 1 && conv.stride[0] == 1 && conv.stride[1] == 1 &&
                  conv.before[0] == 0 && conv.before[1] == 0 && planes.rows == conv.H && planes.width == conv.W;
+  job.chunks = (job.total + job.each - 1) / job.each;
   job.pieces = std::max<int64_t>(1, std::min(work / kWorkPerThread, threads));
   // Few blocks do not come out even, and each would read all weights. But every thread copies the columns of taps.
   job.by_outputs = job.pieces > 1 && conv.N * all.blocks <= 3 * job.pieces && job.chunks >= 2 * job.pieces &&
@@ -157,13 +156,13 @@ bool run(Job& job, const Conv& conv, int64_t O, int dtype, int64_t count, const 
 
 bool run_conv(const Taps& w, const ConvKernels& kernels, const Conv& conv, const void* x, void* y, int64_t threads) {
   Job job = {};
-  job.all.w = &w, job.chunks = (w.O + kOutputs - 1) / kOutputs, job.kernel = &kernels.of[w.dtype];
+  job.all.w = &w, job.total = w.O, job.each = kOutputs, job.kernel = &kernels.of[w.dtype];
   return run(job, conv, w.O, w.dtype, w.count, x, y, threads);
 }
 
 bool run_conv(const Bundles& w, const ConvKernels& kernels, const Conv& conv, const void* x, void* y, int64_t threads) {
   Job job = {};
-  job.all.bundles = &w, job.chunks = bundle_count(w), job.kernel = &kernels.bundles[w.dtype];
+  job.all.bundles = &w, job.total = bundle_count(w), job.each = 1, job.kernel = &kernels.bundles[w.dtype];
   return run(job, conv, w.O, w.dtype, 2 * kBundle * w.count, x, y, threads);
 }
 

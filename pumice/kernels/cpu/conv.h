@@ -91,6 +91,10 @@ static inline int64_t block_begin(const Convolved& job, int64_t k) {
   return registers * k / job.blocks * job.lanes;
 }
 
+static inline int64_t block_end(const Convolved& job, int64_t k) {
+  return k + 1 < job.blocks ? block_begin(job, k + 1) : job.positions;
+}
+
 // Outputs [begin, end), or bundles, of a block of all images' blocks; `panel` has room for the columns of a part at all positions of a block,
 // and `sums` for those of each output.
 typedef void (*ConvProduct)(const Convolved&, int64_t block, int64_t begin, int64_t end, void* panel, float* sums);

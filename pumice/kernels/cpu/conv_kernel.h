@@ -178,7 +178,7 @@ template <class Isa, class T>
 void conv_product(const Convolved& job, int64_t block, int64_t begin, int64_t end, void* room, float* sums) {
   float* panel = (float*)room;
   const int64_t image = block / job.blocks, k = block % job.blocks, q = block_begin(job, k);
-  const int64_t stop = k + 1 < job.blocks ? block_begin(job, k + 1) : job.positions, n = stop - q;
+  const int64_t n = block_end(job, k) - q;
   switch ((n + 15) / 16) {
     case 4: return conv_block<Isa, T, 4>(job, image, q, n, begin, end, panel, sums);
     case 3: return conv_block<Isa, T, 3>(job, image, q, n, begin, end, panel, sums);
@@ -200,6 +200,12 @@ inline Strip strip_of(const Convolved& job, int64_t q, int64_t n) {
     if (strip.place < 0) strip.place = at;
   });
   return strip;
+}
+
+// Where a bundle's column begins, by its code; `image` is where planes begin, or some position behind.
+template <class T>
+inline const T* column_of(const Convolved& job, const T* image, uint32_t code) {
+  return image + (int64_t)(code / kMostTaps) * job.channel + job.shifts[code % kMostTaps];
 }
 
 // Sums of one output at a strip's positions to y, which begins at `y`, as `add` does.
@@ -243,7 +249,7 @@ PUMICE_APART void bundle_strip(const Convolved& job, int64_t image, int64_t q, i
       for (int half = 0; half < 2; ++half) {
         const uint32_t code = w.codes[2 * s + half];
         if (code == kNoColumn) break;
-        const float* from = x + (int64_t)(code / kMostTaps) * job.channel + job.shifts[code % kMostTaps];
+        const float* from = column_of(job, x, code);
         typename Isa::Reg v[R];
         PUMICE_UNROLL
         for (int r = 0; r < R; ++r) v[r] = get(from, r);
@@ -273,7 +279,7 @@ inline void each_strip(const Convolved& job, int64_t block, int64_t begin, int64
   const Bundles& w = *job.bundles;
   const Conv& conv = *job.conv;
   const int64_t image = block / job.blocks, k = block % job.blocks, first = block_begin(job, k), columns = conv.out[1];
-  const int64_t stop = k + 1 < job.blocks ? block_begin(job, k + 1) : job.positions, plane = conv.out[0] * columns;
+  const int64_t stop = block_end(job, k), plane = conv.out[0] * columns;
   const int64_t written = first / job.width * columns + (first % job.width < columns ? first % job.width : columns);
   const int64_t count = stop - first < plane - written ? stop - first : plane - written;
   const X* next = (const X*)job.planes + (k + 1 < job.blocks ? stop : conv.C * job.channel);

@@ -455,9 +455,12 @@ PyObject* plan_bundles(PyObject*, PyObject* const* args, Py_ssize_t count) {
 // float32, threads)
 PyObject* run_conv_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
   long long v[20];
-  const bool bundled = count && PyCapsule_IsValid(args[0], Plan<Bundles>::name);
-  const Bundles* bundles = bundled ? (const Bundles*)PyCapsule_GetPointer(args[0], Plan<Bundles>::name) : nullptr;
-  const Taps* w = count && !bundled ? (const Taps*)PyCapsule_GetPointer(args[0], Plan<Taps>::name) : nullptr;
+  const Bundles* bundles = nullptr;
+  const Taps* w = nullptr;
+  if (count && PyCapsule_IsValid(args[0], Plan<Bundles>::name))
+    bundles = (const Bundles*)PyCapsule_GetPointer(args[0], Plan<Bundles>::name);
+  else if (count)
+    w = (const Taps*)PyCapsule_GetPointer(args[0], Plan<Taps>::name);
   if (PyErr_Occurred() || !integers(args + 1, count - 1, 20, v)) return nullptr;
   Conv c = {};
   c.add = address<void>(v[2]), c.N = v[3], c.C = v[4], c.H = v[5], c.W = v[6];
@@ -467,8 +470,9 @@ PyObject* run_conv_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   const int32_t bits[2] = {(int32_t)v[17], (int32_t)v[18]};
   memcpy(&c.least, bits, 4), memcpy(&c.most, bits + 1, 4);
-  bool fits = c.N >= 0 && c.C >= 0 && c.H >= 0 && c.W >= 0 && c.C * c.kernel[0] * c.kernel[1] == (bundled ? bundles->I : w->I) &&
-              c.kernel[0] * c.kernel[1] <= kMostTaps && (!bundled || c.kernel[0] * c.kernel[1] == bundles->taps);
+  const int64_t taps = c.kernel[0] * c.kernel[1];
+  bool fits = c.N >= 0 && c.C >= 0 && c.H >= 0 && c.W >= 0 && taps <= kMostTaps && c.C * taps == (w ? w->I : bundles->I) &&
+              (w || taps == bundles->taps);
   for (int a = 0; a < 2; ++a)
     fits = fits && c.kernel[a] > 0 && c.stride[a] > 0 && c.before[a] >= 0 && c.dilation[a] > 0 && c.out[a] >= 0;
   if (!fits) {
@@ -479,7 +483,7 @@ PyObject* run_conv_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Py_BEGIN_ALLOW_THREADS
   const void* x = address<void>(v[0]);
   void* y = (void*)(intptr_t)v[1];
-  enough = bundled ? run_conv(*bundles, *active_conv, c, x, y, v[19]) : run_conv(*w, *active_conv, c, x, y, v[19]);
+  enough = w ? run_conv(*w, *active_conv, c, x, y, v[19]) : run_conv(*bundles, *active_conv, c, x, y, v[19]);
   Py_END_ALLOW_THREADS
   if (!enough) return PyErr_NoMemory();
   Py_RETURN_NONE;
