@@ -11,19 +11,17 @@ Legend: B sequences, T tokens, H heads, d width of a head, L layers.
 from __future__ import annotations
 
 import functools
-import itertools
-import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from pumice.core import dispatch
 from pumice.core.decoder import Decoder, DecoderLayer
 from pumice.core.errors import PumiceError
 from pumice.engine.cache_room import kind_of
+from pumice.engine.watch import Watch
 from pumice.weights.layouts.base import pack as pack_as
 from pumice.weights.modules import SparseLinear
 
@@ -32,8 +30,6 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 HEAD_ROWS = 4
 """Rows up to which a dense head streams its weights itself."""
-CAPTURE = "transformers.utils.output_capturing"
-"""Where the hooks of Transformers come from."""
 PLAIN = {"cache_position", "use_cache", "return_dict", "output_attentions", "output_hidden_states"}
 
 
@@ -170,52 +166,20 @@ def _describe(decoder: nn.Module) -> Decoder:
     )
 
 
-_version: Callable[[Tensor], int] = Tensor._version.__get__  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def _state(tensor: Tensor) -> tuple[int, int]:
     """What changes when a tensor gets other numbers, or other memory (`module.to` keeps the Parameter)."""
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
-class _Watch:
-    """Whether modules, tensors and hooks are still those that a plan was made from; asked for every token."""
-
-    def __init__(self, decoder: nn.Module) -> None:
-        self.places: list[tuple[dict[str, Any], str]] = []
-        self.things: list[Any] = []
-        self.hooks: list[dict[int, Any]] = [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
-        for name in ("layers", "norm"):
-            self._see(decoder._modules, name, decoder._modules[name])
-            for module in cast(nn.Module, decoder._modules[name]).modules():
-                self.hooks += [module._forward_hooks, module._forward_pre_hooks]
-                for held in (module._modules, module._parameters, module._buffers):
-                    for key, thing in held.items():
-                        self._see(held, key, thing)
-                # Other libraries put their own forward in front of a module's, as this one does.
-                self._see(module.__dict__, "forward", None)
-        self.tensors = [thing for thing in self.things if isinstance(thing, Tensor)]
-        # `module.to` keeps the Parameter and gives it other memory. Inference tensors count no versions.
-        self.counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
-        self.pointers, self.versions = self._state()
-
-    def _see(self, held: Mapping[str, Any], key: str, thing: Any) -> None:
-        self.places.append((cast(dict[str, Any], held), key))
-        self.things.append(thing)
-
-    def _state(self) -> tuple[list[int], list[int]]:
-        # Loops of the interpreter would take a fortieth of a small model's token.
-        return list(map(Tensor.data_ptr, self.tensors)), list(map(_version, self.counted))
-
-    def stale(self) -> bool:
-        same = all(map(operator.is_, itertools.starmap(dict.get, self.places), self.things))
-        return not same or self._state() != (self.pointers, self.versions)
-
-    def hooked(self) -> bool:
-        # Those of Transformers stay once they were needed, and do nothing where no outputs of layers are asked for.
-        return any(self.hooks) and any(
-            getattr(hook, "__module__", "") != CAPTURE for hooks in self.hooks for hook in hooks.values()
-        )
+def _watch(decoder: nn.Module) -> Watch:
+    watch = Watch()
+    for name in ("layers", "norm"):
+        watch.see(decoder._modules, name, decoder._modules[name])
+        for module in cast(nn.Module, decoder._modules[name]).modules():
+            watch.parts(module)
+            watch.called(module)
+    watch.start()
+    return watch
 
 
 class FusedForward:
@@ -223,7 +187,7 @@ class FusedForward:
 
     def __init__(self, decoder: nn.Module) -> None:
         self.decoder = decoder
-        self.watch: _Watch | None = None
+        self.watch: Watch | None = None
         self.run: Callable[..., Tensor] | None = None
         self.described: Decoder | None = None
         functools.update_wrapper(self, type(decoder).forward, updated=())
@@ -243,7 +207,7 @@ class FusedForward:
         """
         described = _describe(self.decoder)
         self.run = _backend(described).prepare(described, None)
-        self.described, self.watch = described, _Watch(self.decoder)
+        self.described, self.watch = described, _watch(self.decoder)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         decoder = self.decoder
