@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pumice.core import dispatch
 from pumice.core.convolution import Convolution, bundled_share
+from pumice.core.dispatch import Run
 from pumice.engine import verdicts
 from pumice.engine.conv_sites import CLAMPS, Found, Site
 from pumice.engine.layer_timing import MARGIN, Timing, Verdict, time_in_turns
@@ -57,13 +58,18 @@ def _folded(site: Site, packed: Packed) -> tuple[Packed, Tensor | None]:
     return pack(w_OI, "dense" if packed.layout == "dense" else "csr"), shift_O
 
 
-class FusedConvolution:
+class OwnForward:
+    """What stands in front of a module's forward until `unfuse_convolutions` takes it away."""
+
+
+class FusedConvolution(OwnForward):
     """The forward of a convolution with the norm and the activation behind it."""
 
     def __init__(self, site: Site, backend: str) -> None:
         self.site, self.backend = site, backend
-        self.bound: tuple[Any, Callable[[Tensor], Tensor] | None] | None = None
+        self.bound: tuple[Any, Run | None] | None = None
         self.held: list[Tensor] = []
+        self.how: Convolution | None = None
         functools.update_wrapper(self, type(site.module).forward, updated=())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -75,31 +81,30 @@ class FusedConvolution:
 
     def __call__(self, input: Tensor) -> Tensor:
         site = self.site
-        if self._plain(input):
-            state = self._state()
-            if self.bound is None or self.bound[0] != state:
-                # Held, since other numbers could come to stand at an address that is given back.
-                self.held = [t.detach() for t in self._tensors() if t is not None]
-                self.bound = state, self._prepare()
-            if self.bound[1] is not None:
-                return self.bound[1](input)
+        norm = site.norm
+        plain = is_plain(input) and input.dim() == 4 and input.dtype is self.dtype
+        if plain and not (norm is not None and norm.training):
+            run = self.ready()
+            if run is not None:
+                return run(input, self.how)
         y = type(site.module).forward(site.module, input)
         for module in (site.norm, site.activation):
             y = y if module is None else type(module).forward(module, y)
         return y
 
-    def _plain(self, x: Tensor) -> bool:
-        norm = self.site.norm
-        return not (
-            torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or type(x) is not Tensor
-            or x.dim() != 4
-            or x.dtype is not next(p.dtype for p in self.site.module._parameters.values() if p is not None)
-            or not x.is_cpu
-            or (norm is not None and norm.training)
-            or torch.is_autocast_enabled("cpu")
-        )
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.site.module._parameters.values() if p is not None)
+
+    def ready(self) -> Run | None:
+        """The backend bound to the weights as they are now; None where it does not run their type."""
+        state = self._state()
+        if self.bound is None or self.bound[0] != state:
+            # Held, since other numbers could come to stand at an address that is given back.
+            self.held = [t.detach() for t in self._tensors() if t is not None]
+            self.how = how(self.site)
+            self.bound = state, self._prepare()
+        return self.bound[1]
 
     def _tensors(self) -> list[Tensor | None]:
         site = self.site
@@ -109,12 +114,22 @@ class FusedConvolution:
     def _state(self) -> Any:
         return [None if t is None else (t.data_ptr(), 0 if t.is_inference() else t._version) for t in self._tensors()]
 
-    def _prepare(self) -> Callable[[Tensor], Tensor] | None:
-        """The backend bound to the weights as they are now; None where it does not run their type."""
+    def _prepare(self) -> Run | None:
         packed = _matrix(self.site.module)
         if dispatch.get("conv2d", packed.layout, self.backend).refuse(call_of(self.site, packed)):
             return None
         return bind(self.site, packed, self.backend)
+
+
+def is_plain(x: Any) -> bool:
+    """Whether a call is one at inference on the CPU, with an ordinary tensor: what ways of our own are for."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or not x.is_cpu
+        or torch.is_autocast_enabled("cpu")
+    )
 
 
 class Moved:
@@ -128,7 +143,7 @@ class Moved:
         return self.new(input)
 
 
-class Passed:
+class Passed(OwnForward):
     """The forward of a module whose work the convolution before it has done."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -138,7 +153,7 @@ class Passed:
         return input
 
 
-class InPlace:
+class InPlace(OwnForward):
     """The forward of an activation whose input nobody reads afterwards: at inference it overwrites it."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -151,7 +166,7 @@ class InPlace:
         return input.relu_() if self.clamp[1] == math.inf else input.clamp_(*self.clamp)
 
 
-class PooledInLast:
+class PooledInLast(OwnForward):
     """The forward of a max pooling that goes through channels last, where PyTorch's is vectorised; y is channels first again."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -176,12 +191,10 @@ def call_of(site: Site, packed: Packed) -> dispatch.Call:
     return dispatch.Call("conv2d", packed.layout, packed.dtype, str(packed.device), 1, packed.shape, how(site).params)
 
 
-def bind(site: Site, packed: Packed, backend: str) -> Callable[[Tensor], Tensor]:
-    """`run(x_NCHW)` of the convolution with what is fused into it."""
+def bind(site: Site, packed: Packed, backend: str) -> Run:
+    """`run(x_NCHW, how, add_NOHW)` of the convolution with the norm behind it."""
     folded, bias_O = _folded(site, packed)
-    run = dispatch.get("conv2d", folded.layout, backend).prepare(folded, bias_O)
-    convolution = how(site)
-    return lambda x_NCHW: run(x_NCHW, convolution)
+    return dispatch.get("conv2d", folded.layout, backend).prepare(folded, bias_O)
 
 
 def _candidates(site: Site) -> list[Packed]:
@@ -204,7 +217,8 @@ def _measure(site: Site, candidates: Sequence[Packed]) -> Verdict:
             timing = Timing(packed.layout, backend.name, images, None, reason, dict(packed.params))
             timings.append(timing)
             if reason is None:
-                runs.append((timing, _turns([bind(site, packed, backend.name) for _ in range(COPIES)], x_NCHW)))
+                bound = [bind(site, packed, backend.name) for _ in range(COPIES)]
+                runs.append((timing, _turns([functools.partial(run, how=how(site)) for run in bound], x_NCHW)))
     time_in_turns(runs)
     best = {
         layout: min((t for t in timings if t.layout == layout and t.ms is not None), key=_ms, default=None)
@@ -302,6 +316,6 @@ def _module_for(module: nn.Module, packed: Packed) -> nn.Module:
 def unfuse_convolutions(model: nn.Module) -> nn.Module:
     """Take the fused forwards of convolutions, norms and activations back, in place; returns the model."""
     for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), FusedConvolution | Passed | InPlace | PooledInLast):
+        if isinstance(module.__dict__.get("forward"), OwnForward):
             del module.__dict__["forward"]
     return model

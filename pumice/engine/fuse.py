@@ -176,7 +176,8 @@ def _watch(decoder: nn.Module) -> Watch:
     for name in ("layers", "norm"):
         watch.see(decoder._modules, name, decoder._modules[name])
         for module in cast(nn.Module, decoder._modules[name]).modules():
-            watch.parts(module)
+            for held in (module._modules, module._parameters, module._buffers):
+                watch.see_all(held)
             watch.called(module)
     watch.start()
     return watch

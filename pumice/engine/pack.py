@@ -17,6 +17,7 @@ from pumice.core.errors import PumiceError
 from pumice.core.progress import bar
 from pumice.core.view import WeightView, module_views
 from pumice.engine import verdicts
+from pumice.engine.conv_blocks import fuse_blocks
 from pumice.engine.conv_sites import Site, look
 from pumice.engine.convolve import Packing, pack_others, pack_site, unfuse_convolutions
 from pumice.engine.fuse import fuse, unfuse
@@ -134,7 +135,8 @@ def pack(
     elif values is not None:
         coding = _coding(values)
     _check_activations(activations, coding, values, model)
-    found = None if example is None else look(unfuse_convolutions(model), _as_model(model, example))
+    example = None if example is None else _as_model(model, example)
+    found = None if example is None else look(unfuse_convolutions(model), example)
     sites = [] if found is None else found.sites
     jobs = list(_packable(model))
     budget = min(COLD_BYTES, sum(packed.dense_nbytes for _, _, packed in jobs))
@@ -157,6 +159,7 @@ def pack(
             shown.update()
         if found is not None:
             pack_others(found, _dtype(model))
+            fuse_blocks(model, example)
     choices += _kept(model, {site.name for site in sites})
     gather_weights(model)
     with suppress(PumiceError):  # of another family, or with a layer that no kernel for single tokens runs

@@ -29,11 +29,10 @@ class Watch:
         self.places.append((held, key))  # type: ignore[arg-type]
         self.things.append(thing)
 
-    def parts(self, module: nn.Module) -> None:
-        """See the modules and tensors that a module holds itself."""
-        for held in (module._modules, module._parameters, module._buffers):
-            for key, thing in held.items():
-                self.see(held, key, thing)
+    def see_all(self, held: Mapping[str, Any]) -> None:
+        """All that is there now is to stay."""
+        for key, thing in held.items():
+            self.see(held, key, thing)
 
     def called(self, module: nn.Module, forward: Any = None) -> None:
         """See what would run if the module were called: its hooks, and the forward that a library puts in front of its own."""

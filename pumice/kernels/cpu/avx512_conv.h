@@ -85,10 +85,14 @@ struct PutStrip<Conv512, float> {
       const __mmask16 outputs = (__mmask16)(strip.outputs >> 16 * r);
       const int count = __builtin_popcount(outputs);
       const __mmask16 there = Conv512::first(count);
+      const bool in_order = outputs == there;  // nothing is to be dropped in between
       __m512 sum = acc[r];
-      if (add) sum = _mm512_add_ps(sum, _mm512_maskz_expand_ps(outputs, _mm512_maskz_loadu_ps(there, add + at)));
+      if (add) {
+        const __m512 given = _mm512_maskz_loadu_ps(there, add + at);
+        sum = _mm512_add_ps(sum, in_order ? given : _mm512_maskz_expand_ps(outputs, given));
+      }
       const __m512 done = Conv512::clamp(sum, least, most);
-      _mm512_mask_storeu_ps(y + at, there, _mm512_maskz_compress_ps(outputs, done));
+      _mm512_mask_storeu_ps(y + at, there, in_order ? done : _mm512_maskz_compress_ps(outputs, done));
       at += count;
     }
   }

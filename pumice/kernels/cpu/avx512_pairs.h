@@ -12,6 +12,13 @@ constexpr int64_t kPairPositions = 128;
 // Sums of 32 positions lie in two registers as unpacking brings them: the first four of each eight, then the others.
 struct PairSums {
   __m512 low, high;
+
+  // 32 numbers, in the order of positions.
+  void add(__m512i numbers) {
+    const __m512i none = _mm512_setzero_si512();
+    low = _mm512_add_ps(low, _mm512_castsi512_ps(_mm512_unpacklo_epi16(none, numbers)));
+    high = _mm512_add_ps(high, _mm512_castsi512_ps(_mm512_unpackhi_epi16(none, numbers)));
+  }
 };
 
 inline __m512i interleaved(PairSums s, __m512 least, __m512 most) {
@@ -20,13 +27,6 @@ inline __m512i interleaved(PairSums s, __m512 least, __m512 most) {
   const __m512 low = _mm512_min_ps(most, _mm512_max_ps(least, s.low));
   const __m512 high = _mm512_min_ps(most, _mm512_max_ps(least, s.high));
   return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-}
-
-inline void straighten(PairSums s, float* to) {
-  const __m512i first = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
-  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-  _mm512_storeu_ps(to, _mm512_permutex2var_ps(s.low, first, s.high));
-  _mm512_storeu_ps(to + 16, _mm512_permutex2var_ps(s.low, second, s.high));
 }
 
 inline __mmask32 first32(int64_t n) { return n >= 32 ? ~(__mmask32)0 : n > 0 ? ((__mmask32)1 << n) - 1 : 0; }
@@ -78,7 +78,7 @@ inline void fill_pair_panel(const Convolved& job, const BF16* image, int64_t fir
 // As walk_part of conv_kernel.h.
 template <int N, bool kFirst>
 PUMICE_APART void walk_pairs(const Taps& w, int64_t part, int64_t begin, int64_t end, const BF16* panel, float* sums,
-                             const BF16* y, int64_t plane) {
+                             const BF16* y, const BF16* add, int64_t plane) {
   const int32_t* start = w.starts + part * (w.O + 1) + begin;
   const int32_t* order = w.order + part * w.O;
   const BF16* value = (const BF16*)w.values + *start;
@@ -89,6 +89,7 @@ PUMICE_APART void walk_pairs(const Taps& w, int64_t part, int64_t begin, int64_t
     const int64_t o = order[at];
     float* sum = sums + o * kPairPositions;
     if (y) fetch_far(y + (o - begin) * plane, 32 * N);
+    if (add) fetch_far(add + (o - begin) * plane, 32 * N);
     __m512 acc[2 * N];
     if (kFirst) {
       const __m512 first = _mm512_set1_ps(bias ? bias[o] : 0.0f);
@@ -136,27 +137,32 @@ inline void pair_block(const Convolved& job, int64_t image, int64_t q, int64_t n
   const int64_t columns = conv.out[1], plane = conv.out[0] * columns;
   BF16* y = (BF16*)job.y + (image * w.O + begin) * plane;
   const BF16* add = conv.add ? (const BF16*)conv.add + (image * w.O + begin) * plane : nullptr;
-  const BF16* written = y + q / job.width * columns + q % job.width;
+  const int64_t written = q / job.width * columns + q % job.width;
   for (int64_t p = 0, parts = part_count(w); p < parts; ++p) {
     const int64_t first = p * w.part, last = first + w.part < w.I ? first + w.part : w.I;
     fill_pair_panel<N>(job, x, first, last, q, n, panel);
-    const BF16* next = p + 1 == parts ? written : nullptr;
+    const bool ends = p + 1 == parts;
+    const BF16 *next = ends ? y + written : nullptr, *added = ends && add ? add + written : nullptr;
     if (p == 0)
-      walk_pairs<N, true>(w, p, begin, end, panel, sums, next, plane);
+      walk_pairs<N, true>(w, p, begin, end, panel, sums, next, added, plane);
     else
-      walk_pairs<N, false>(w, p, begin, end, panel, sums, next, plane);
+      walk_pairs<N, false>(w, p, begin, end, panel, sums, next, added, plane);
   }
   const __m512 least = _mm512_set1_ps(conv.least), most = _mm512_set1_ps(conv.most);
+  alignas(64) BF16 given[32 * N] = {};
   for (int64_t o = begin; o < end; ++o, sums += kPairPositions, y += plane, add += add ? plane : 0) {
     PairSums each[N];
     PUMICE_UNROLL
     for (int r = 0; r < N; ++r) each[r] = {_mm512_loadu_ps(sums + 32 * r), _mm512_loadu_ps(sums + 32 * r + 16)};
     if (add) {
-      alignas(64) float straight[32 * N];
+      const bool straight = job.width == columns;
+      if (!straight)
+        each_run(job, q, n, [&](int64_t k, int64_t at, int64_t there) {
+          memcpy(given + k, add + at, (size_t)there * sizeof(BF16));
+        });
       PUMICE_UNROLL
-      for (int r = 0; r < N; ++r) straighten(each[r], straight + 32 * r);
-      put_positions<BF16>(job, straight, q, n, y, add);
-      continue;
+      for (int r = 0; r < N; ++r)
+        each[r].add(_mm512_maskz_loadu_epi16(first32(n - 32 * r), (straight ? add + q : given) + 32 * r));
     }
     if (job.width == columns) {
       PUMICE_UNROLL
@@ -220,6 +226,7 @@ PUMICE_APART void pair_strip(const Convolved& job, int64_t image, int64_t q, int
 
   const __mmask32 outputs = strip.outputs;
   const __mmask32 count = first32(__builtin_popcount(outputs));
+  const bool in_order = outputs == count;  // nothing is to be dropped in between, which takes longer than to store
   const int64_t plane = conv.out[0] * conv.out[1];
   const __m512 least = _mm512_set1_ps(conv.least), most = _mm512_set1_ps(conv.most);
   PUMICE_UNROLL
@@ -230,12 +237,10 @@ PUMICE_APART void pair_strip(const Convolved& job, int64_t image, int64_t q, int
     PairSums sum = sums[o];
     if (conv.add) {
       const __m512i given = _mm512_maskz_loadu_epi16(count, (const BF16*)conv.add + at);
-      const __m512i add = _mm512_maskz_expand_epi16(outputs, given), none = _mm512_setzero_si512();
-      sum.low = _mm512_add_ps(sum.low, _mm512_castsi512_ps(_mm512_unpacklo_epi16(none, add)));
-      sum.high = _mm512_add_ps(sum.high, _mm512_castsi512_ps(_mm512_unpackhi_epi16(none, add)));
+      sum.add(in_order ? given : _mm512_maskz_expand_epi16(outputs, given));
     }
     const __m512i done = interleaved(sum, least, most);
-    _mm512_mask_storeu_epi16((BF16*)job.y + at, count, _mm512_maskz_compress_epi16(outputs, done));
+    _mm512_mask_storeu_epi16((BF16*)job.y + at, count, in_order ? done : _mm512_maskz_compress_epi16(outputs, done));
   }
 }
 

@@ -105,11 +105,12 @@ inline void fill_panel(const Convolved& job, const float* image, int64_t first, 
 }
 
 // Outputs [begin, end) walk along their nonzeros of one part, `sums` being those of the first. In the last part the lines of
-// y are fetched where they will be written: y, where its first output begins, and numbers to the next; else null.
+// y are fetched where they will be written, and those of what is added: both where the first output's begin, and `plane` numbers
+// to the next; else null.
 // Not inlined: beside the loops around it there would not be registers enough.
 template <class Isa, class T, int N, bool kFirst>
 PUMICE_APART void walk_part(const Taps& w, int64_t part, int64_t begin, int64_t end, const float* panel, float* sums,
-                            const T* y, int64_t plane) {
+                            const T* y, const T* add, int64_t plane) {
   constexpr int R = 16 * N / Isa::kLanes, L = Isa::kLanes;
   const int32_t* start = w.starts + part * (w.O + 1) + begin;
   const int32_t* order = w.order + part * w.O;
@@ -121,6 +122,7 @@ PUMICE_APART void walk_part(const Taps& w, int64_t part, int64_t begin, int64_t 
     const int64_t o = order[at];
     float* sum = sums + o * kPositions;
     if (y) fetch_far(y + (o - begin) * plane, 16 * N);
+    if (add) fetch_far(add + (o - begin) * plane, 16 * N);
     typename Isa::Reg acc[R];
     if (kFirst) {
       const typename Isa::Reg first = Isa::spread(bias ? bias[o] : 0.0f);
@@ -152,25 +154,30 @@ inline void conv_block(const Convolved& job, int64_t image, int64_t q, int64_t n
   const int64_t plane = conv.out[0] * conv.out[1];
   T* y = (T*)job.y + (image * w.O + begin) * plane;
   const T* add = conv.add ? (const T*)conv.add + (image * w.O + begin) * plane : nullptr;
-  const T* written = y + q / job.width * conv.out[1] + q % job.width;
+  const int64_t written = q / job.width * conv.out[1] + q % job.width;
   for (int64_t p = 0, parts = part_count(w); p < parts; ++p) {
     const int64_t first = p * w.part, last = first + w.part < w.I ? first + w.part : w.I;
     fill_panel<Isa, N>(job, x, first, last, q, n, panel);
-    const T* next = p + 1 == parts ? written : nullptr;
+    const bool ends = p + 1 == parts;
+    const T *next = ends ? y + written : nullptr, *added = ends && add ? add + written : nullptr;
     if (p == 0)
-      walk_part<Isa, T, N, true>(w, p, begin, end, panel, sums, next, plane);
+      walk_part<Isa, T, N, true>(w, p, begin, end, panel, sums, next, added, plane);
     else
-      walk_part<Isa, T, N, false>(w, p, begin, end, panel, sums, next, plane);
+      walk_part<Isa, T, N, false>(w, p, begin, end, panel, sums, next, added, plane);
   }
-  const bool straight = sizeof(T) == sizeof(float) && !add && job.width == conv.out[1] && n == 16 * N;
-  const typename Isa::Reg least = Isa::spread(conv.least), most = Isa::spread(conv.most);
+  const bool straight = sizeof(T) == sizeof(float) && job.width == conv.out[1] && n == 16 * N;
+  const typename Isa::Reg least = Isa::spread(conv.least), most = Isa::spread(conv.most), one = Isa::spread(1.0f);
   for (int64_t o = begin; o < end; ++o, sums += kPositions, y += plane, add += add ? plane : 0) {
     if (!straight) {
       put_positions<T>(job, sums, q, n, y, add);
       continue;
     }
     PUMICE_UNROLL
-    for (int r = 0; r < R; ++r) Isa::put((float*)y + q + r * L, Isa::clamp(Isa::get(sums + r * L), least, most));
+    for (int r = 0; r < R; ++r) {
+      typename Isa::Reg sum = Isa::get(sums + r * L);
+      if (add) sum = Isa::fma(sum, one, Isa::get((const float*)add + q + r * L));
+      Isa::put((float*)y + q + r * L, Isa::clamp(sum, least, most));
+    }
   }
 }
 
@@ -285,8 +292,10 @@ inline void each_strip(const Convolved& job, int64_t block, int64_t begin, int64
   const X* next = (const X*)job.planes + (k + 1 < job.blocks ? stop : conv.C * job.channel);
   const int64_t channels = job.as_it_is && (k + 1 < job.blocks || image + 1 < conv.N) ? conv.C : 0, bundles = end - begin;
   for (int64_t b = begin; b < end; ++b) {
-    for (int64_t o = b * kBundle; o < (b + 1) * kBundle && o < w.O; ++o)
+    for (int64_t o = b * kBundle; o < (b + 1) * kBundle && o < w.O; ++o) {
       fetch_far((const T*)job.y + (image * w.O + o) * plane + written, count);
+      if (conv.add) fetch_far((const T*)conv.add + (image * w.O + o) * plane + written, count);
+    }
     for (int64_t c = channels * (b - begin) / bundles; c < channels * (b - begin + 1) / bundles; ++c)
       fetch_far(next + c * job.channel, stop - first);
     for (int64_t q = first; q < stop; q += width) strip(image, q, stop - q < width ? stop - q : width, b);
