@@ -72,7 +72,7 @@ const TileKernels tiles = {
 const ConvKernels convolutions = {
     {{conv_product<Conv512, BF16>, lay_out<Conv512, BF16, float>, 16, kPositions, 4},
      {conv_product<Conv512, float>, lay_out_spread<Floats16>, 16, kPositions, 4}},
-    {bundle_kernel<Conv512, BF16>(), {bundle_product<Conv512, float>, lay_out_spread<Floats16>, 32, kBundlePositions, 4}}};
+    {bundle_kernel<Conv512, BF16>(), {bundle_product<Conv512, float>, lay_out_spread<Floats16>, 32, kMostPositions, 4}}};
 
 const DecoderKernels decoder_pieces[] = {pieces_of<AnyHead, BF16>(), pieces_of<AnyHead, float>()};
 

@@ -513,8 +513,8 @@ struct PairsHead {
 const ConvKernels convolutions = {
     {{pair_product, lay_out_spread<Halves32>, 32, kPairPositions, 2},
      {conv_product<Conv512, float>, lay_out_spread<Floats16>, 16, kPositions, 4}},
-    {{pair_bundles, lay_out_spread<Halves32>, 32, kBundlePositions, 2},
-     {bundle_product<Conv512, float>, lay_out_spread<Floats16>, 32, kBundlePositions, 4}}};
+    {{pair_bundles, lay_out_spread<Halves32>, 32, kMostPositions, 2},
+     {bundle_product<Conv512, float>, lay_out_spread<Floats16>, 32, kMostPositions, 4}}};
 
 const DecoderKernels decoder_pieces[] = {pieces_of<PairsHead, BF16>(), pieces_of<AnyHead, float>()};
 

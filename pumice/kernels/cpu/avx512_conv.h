@@ -76,8 +76,7 @@ void lay_out_spread(const Planes& planes, const void* x, int64_t begin, int64_t 
 template <>
 struct PutStrip<Conv512, float> {
   template <int R>
-  static inline void put(const Convolved& job, const Strip& strip, const __m512 (&acc)[R], int64_t, int64_t, float* y,
-                         const float* add) {
+  static inline void put(const Convolved& job, const Strip& strip, const __m512 (&acc)[R], float* y, const float* add) {
     const __m512 least = _mm512_set1_ps(job.conv->least), most = _mm512_set1_ps(job.conv->most);
     int64_t at = strip.place;
     PUMICE_UNROLL

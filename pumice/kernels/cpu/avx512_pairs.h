@@ -150,6 +150,7 @@ inline void pair_block(const Convolved& job, int64_t image, int64_t q, int64_t n
   }
   const __m512 least = _mm512_set1_ps(conv.least), most = _mm512_set1_ps(conv.most);
   alignas(64) BF16 given[32 * N] = {};
+  const Runs runs(job, q, n);
   for (int64_t o = begin; o < end; ++o, sums += kPairPositions, y += plane, add += add ? plane : 0) {
     PairSums each[N];
     PUMICE_UNROLL
@@ -157,9 +158,8 @@ inline void pair_block(const Convolved& job, int64_t image, int64_t q, int64_t n
     if (add) {
       const bool straight = job.width == columns;
       if (!straight)
-        each_run(job, q, n, [&](int64_t k, int64_t at, int64_t there) {
-          memcpy(given + k, add + at, (size_t)there * sizeof(BF16));
-        });
+        for (int64_t r = 0; r < runs.count; ++r)
+          memcpy(given + runs.run[r].k, add + runs.run[r].at, (size_t)runs.run[r].there * sizeof(BF16));
       PUMICE_UNROLL
       for (int r = 0; r < N; ++r)
         each[r].add(_mm512_maskz_loadu_epi16(first32(n - 32 * r), (straight ? add + q : given) + 32 * r));
@@ -173,9 +173,8 @@ inline void pair_block(const Convolved& job, int64_t image, int64_t q, int64_t n
     alignas(64) BF16 done[32 * N];
     PUMICE_UNROLL
     for (int r = 0; r < N; ++r) _mm512_store_si512(done + 32 * r, interleaved(each[r], least, most));
-    each_run(job, q, n, [&](int64_t k, int64_t at, int64_t there) {
-      memcpy(y + at, done + k, (size_t)there * sizeof(BF16));
-    });
+    for (int64_t r = 0; r < runs.count; ++r)
+      memcpy(y + runs.run[r].at, done + runs.run[r].k, (size_t)runs.run[r].there * sizeof(BF16));
   }
 }
 
@@ -192,13 +191,11 @@ void pair_product(const Convolved& job, int64_t block, int64_t begin, int64_t en
 }
 
 // A bundle at 32 positions, with every number of x in a pair of columns.
-PUMICE_APART void pair_strip(const Convolved& job, int64_t image, int64_t q, int64_t n, int64_t bundle) {
+PUMICE_APART void pair_strip(const Convolved& job, int64_t image, const Strip& strip, int64_t bundle) {
   const Bundles& w = *job.bundles;
   const Conv& conv = *job.conv;
-  const BF16* x = (const BF16*)job.planes + q;
-  const __mmask32 inside = first32(n);
-  const Strip strip = strip_of(job, q, n);
-  if (strip.place < 0) return;
+  const BF16* x = (const BF16*)job.planes + strip.q;
+  const __mmask32 inside = first32(strip.n);
   PairSums sums[kBundle];
   PUMICE_UNROLL
   for (int o = 0; o < kBundle; ++o) {
@@ -245,8 +242,8 @@ PUMICE_APART void pair_strip(const Convolved& job, int64_t image, int64_t q, int
 }
 
 void pair_bundles(const Convolved& job, int64_t block, int64_t begin, int64_t end, void*, float*) {
-  each_strip<BF16, BF16>(job, block, begin, end, 32, [&](int64_t image, int64_t q, int64_t n, int64_t b) {
-    pair_strip(job, image, q, n, b);
+  each_strip<BF16, BF16, 32>(job, block, begin, end, [&](int64_t image, const Strip& strip, int64_t b) {
+    pair_strip(job, image, strip, b);
   });
 }
 

@@ -8,7 +8,8 @@
 namespace pumice {
 namespace {
 
-constexpr int64_t kPositions = 64;  // of a block, where x is read in fp32
+constexpr int64_t kPositions = 64;       // of a block, where x is read in fp32
+constexpr int64_t kMostPositions = 128;  // of any block
 
 inline void copy(float from, float* to) { *to = from; }
 inline void copy(BF16 from, float* to) { *to = widen(from); }
@@ -50,13 +51,13 @@ inline float clamped(float v, float least, float most) {
   return v > most ? most : v;
 }
 
-// Of the positions [q, q + n) those that are outputs, in runs: `put(k, at, there)` for `there` of them from the k-th on, which are
-// the outputs from `at` on. What stands between the last column of a row and the next row's first is left out.
+// Of the positions [q, q + n) those that are outputs, in runs: `there` of them from the k-th on, which are the outputs from `at`
+// on. What stands between the last column of a row and the next row's first is left out.
 template <class Put>
 inline void each_run(const Convolved& job, int64_t q, int64_t n, const Put& put) {
   const int64_t columns = job.conv->out[1];
-  for (int64_t k = 0; k < n;) {
-    const int64_t row = (q + k) / job.width, column = (q + k) % job.width;
+  int64_t row = q / job.width, column = q % job.width;
+  for (int64_t k = 0; k < n; ++row, column = 0) {
     const int64_t run = job.width - column < n - k ? job.width - column : n - k;
     const int64_t there = columns - column < run ? columns - column : run;
     if (there > 0) put(k, row * columns + column, there);
@@ -64,16 +65,34 @@ inline void each_run(const Convolved& job, int64_t q, int64_t n, const Put& put)
   }
 }
 
+// The same, kept for all outputs of a block.
+struct Runs {
+  struct Run {
+    int64_t k, at, there;
+  };
+  int64_t count;
+  Run run[kMostPositions];
+
+  Runs(const Convolved& job, int64_t q, int64_t n) : count(0) {
+    if (job.width == job.conv->out[1])
+      run[count++] = {0, q, n};
+    else
+      each_run(job, q, n, [this](int64_t k, int64_t at, int64_t there) { run[count++] = {k, at, there}; });
+  }
+};
+
 // Sums of one output, in the order of positions, to y, which begins at `y`.
 template <class T>
-inline void put_positions(const Convolved& job, const float* sums, int64_t q, int64_t n, T* y, const T* add) {
+inline void put_positions(const Convolved& job, const float* sums, const Runs& runs, T* y, const T* add) {
   const float least = job.conv->least, most = job.conv->most;
-  each_run(job, q, n, [=](int64_t k, int64_t at, int64_t there) {
+  for (int64_t r = 0; r < runs.count; ++r) {
+    const int64_t there = runs.run[r].there, at = runs.run[r].at;
+    const float* from = sums + runs.run[r].k;
     if (add)
-      for (int64_t i = 0; i < there; ++i) narrow(clamped(sums[k + i] + widen(add[at + i]), least, most), y + at + i);
+      for (int64_t i = 0; i < there; ++i) narrow(clamped(from[i] + widen(add[at + i]), least, most), y + at + i);
     else
-      for (int64_t i = 0; i < there; ++i) narrow(clamped(sums[k + i], least, most), y + at + i);
-  });
+      for (int64_t i = 0; i < there; ++i) narrow(clamped(from[i], least, most), y + at + i);
+  }
 }
 
 // Where each of the columns [first, last) of the matrix finds what it reads at position q of an image: `fill(from)`, in order.
@@ -165,11 +184,12 @@ inline void conv_block(const Convolved& job, int64_t image, int64_t q, int64_t n
     else
       walk_part<Isa, T, N, false>(w, p, begin, end, panel, sums, next, added, plane);
   }
+  const Runs runs(job, q, n);
   const bool straight = sizeof(T) == sizeof(float) && job.width == conv.out[1] && n == 16 * N;
   const typename Isa::Reg least = Isa::spread(conv.least), most = Isa::spread(conv.most), one = Isa::spread(1.0f);
   for (int64_t o = begin; o < end; ++o, sums += kPositions, y += plane, add += add ? plane : 0) {
     if (!straight) {
-      put_positions<T>(job, sums, q, n, y, add);
+      put_positions<T>(job, sums, runs, y, add);
       continue;
     }
     PUMICE_UNROLL
@@ -194,14 +214,16 @@ void conv_product(const Convolved& job, int64_t block, int64_t begin, int64_t en
   }
 }
 
-// Which of up to 32 positions are outputs, as bits, and where the first of them is in y; they lie one after another there.
+// Up to 32 positions, [q, q + n) of an image: which of them are outputs, as bits, and where the first of these is in y; they lie
+// one after another there. -1: there is none.
 struct Strip {
+  int64_t q, n;
   uint32_t outputs;
   int64_t place;
 };
 
 inline Strip strip_of(const Convolved& job, int64_t q, int64_t n) {
-  Strip strip = {0, -1};
+  Strip strip = {q, n, 0, -1};
   each_run(job, q, n, [&](int64_t k, int64_t at, int64_t there) {
     strip.outputs |= (there >= 32 ? ~0u : (1u << there) - 1) << k;
     if (strip.place < 0) strip.place = at;
@@ -219,26 +241,23 @@ inline const T* column_of(const Convolved& job, const T* image, uint32_t code) {
 template <class Isa, class T>
 struct PutStrip {
   template <int R>
-  static inline void put(const Convolved& job, const Strip&, const typename Isa::Reg (&acc)[R], int64_t q, int64_t n, T* y,
-                         const T* add) {
+  static inline void put(const Convolved& job, const Strip& strip, const typename Isa::Reg (&acc)[R], T* y, const T* add) {
     float sums[R * Isa::kLanes];
     PUMICE_UNROLL
     for (int r = 0; r < R; ++r) Isa::put(sums + r * Isa::kLanes, acc[r]);
-    put_positions<T>(job, sums, q, n, y, add);
+    put_positions<T>(job, sums, Runs(job, strip.q, strip.n), y, add);
   }
 };
 
-// A bundle in fp32 at the positions [q, q + n), K of its outputs at a time.
+// A bundle in fp32 at the positions of a strip, K of its outputs at a time.
 template <class Isa, class T, bool kWhole>
-PUMICE_APART void bundle_strip(const Convolved& job, int64_t image, int64_t q, int64_t n, int64_t bundle) {
+PUMICE_APART void bundle_strip(const Convolved& job, int64_t image, const Strip& strip, int64_t bundle) {
   constexpr int R = 2, L = Isa::kLanes, K = Isa::kLanes / 2;
   static_assert(kBundle % K == 0, "a bundle is whole passes");
   const Bundles& w = *job.bundles;
   const Conv& conv = *job.conv;
-  const float* x = (const float*)job.planes + q;
-  const int64_t plane = conv.out[0] * conv.out[1];
-  const Strip strip = strip_of(job, q, n);
-  if (strip.place < 0) return;
+  const float* x = (const float*)job.planes + strip.q;
+  const int64_t plane = conv.out[0] * conv.out[1], n = strip.n;
   auto get = [=](const float* from, int r) {
     return kWhole ? Isa::get(from + r * L) : Isa::get(from + r * L, n - r * L);
   };
@@ -273,16 +292,16 @@ PUMICE_APART void bundle_strip(const Convolved& job, int64_t image, int64_t q, i
       const int64_t output = bundle * kBundle + pass + o;
       if (output >= w.O) break;
       const int64_t at = (image * w.O + output) * plane;
-      PutStrip<Isa, T>::template put<R>(job, strip, acc[o], q, n, (T*)job.y + at, conv.add ? (const T*)conv.add + at : nullptr);
+      PutStrip<Isa, T>::template put<R>(job, strip, acc[o], (T*)job.y + at, conv.add ? (const T*)conv.add + at : nullptr);
     }
   }
 }
 
-// Bundles [begin, end) of a block, `width` positions at a time: `strip(image, q, n, bundle)`. T: as y is; X: as x is read.
+// Bundles [begin, end) of a block, kWidth positions at a time: `put(image, strip, bundle)`. T: as y is; X: as x is read.
 // Lines of y are fetched before they are written, and of x those of the next block, where it is read from memory: 64 bytes of each
 // channel are too few for the processor to foresee them.
-template <class T, class X, class F>
-inline void each_strip(const Convolved& job, int64_t block, int64_t begin, int64_t end, int64_t width, const F& strip) {
+template <class T, class X, int64_t kWidth, class Put>
+inline void each_strip(const Convolved& job, int64_t block, int64_t begin, int64_t end, const Put& put) {
   const Bundles& w = *job.bundles;
   const Conv& conv = *job.conv;
   const int64_t image = block / job.blocks, k = block % job.blocks, first = block_begin(job, k), columns = conv.out[1];
@@ -291,6 +310,12 @@ inline void each_strip(const Convolved& job, int64_t block, int64_t begin, int64
   const int64_t count = stop - first < plane - written ? stop - first : plane - written;
   const X* next = (const X*)job.planes + (k + 1 < job.blocks ? stop : conv.C * job.channel);
   const int64_t channels = job.as_it_is && (k + 1 < job.blocks || image + 1 < conv.N) ? conv.C : 0, bundles = end - begin;
+  Strip strips[kMostPositions / kWidth];
+  int64_t count_strips = 0;
+  for (int64_t q = first; q < stop; q += kWidth) {
+    strips[count_strips] = strip_of(job, q, stop - q < kWidth ? stop - q : kWidth);
+    count_strips += strips[count_strips].place >= 0;
+  }
   for (int64_t b = begin; b < end; ++b) {
     for (int64_t o = b * kBundle; o < (b + 1) * kBundle && o < w.O; ++o) {
       fetch_far((const T*)job.y + (image * w.O + o) * plane + written, count);
@@ -298,26 +323,24 @@ inline void each_strip(const Convolved& job, int64_t block, int64_t begin, int64
     }
     for (int64_t c = channels * (b - begin) / bundles; c < channels * (b - begin + 1) / bundles; ++c)
       fetch_far(next + c * job.channel, stop - first);
-    for (int64_t q = first; q < stop; q += width) strip(image, q, stop - q < width ? stop - q : width, b);
+    for (int64_t s = 0; s < count_strips; ++s) put(image, strips[s], b);
   }
 }
 
 template <class Isa, class T>
 void bundle_product(const Convolved& job, int64_t block, int64_t begin, int64_t end, void*, float*) {
   constexpr int64_t kStrip = 2 * Isa::kLanes;
-  each_strip<T, float>(job, block, begin, end, kStrip, [&](int64_t image, int64_t q, int64_t n, int64_t b) {
-    if (n == kStrip)
-      bundle_strip<Isa, T, true>(job, image, q, n, b);
+  each_strip<T, float, kStrip>(job, block, begin, end, [&](int64_t image, const Strip& strip, int64_t b) {
+    if (strip.n == kStrip)
+      bundle_strip<Isa, T, true>(job, image, strip, b);
     else
-      bundle_strip<Isa, T, false>(job, image, q, n, b);
+      bundle_strip<Isa, T, false>(job, image, strip, b);
   });
 }
 
-constexpr int64_t kBundlePositions = 128;
-
 template <class Isa, class T>
 constexpr ConvKernel bundle_kernel() {
-  return {bundle_product<Isa, T>, lay_out<Isa, T, float>, 2 * Isa::kLanes, kBundlePositions, 4};
+  return {bundle_product<Isa, T>, lay_out<Isa, T, float>, 2 * Isa::kLanes, kMostPositions, 4};
 }
 
 template <class Isa>
