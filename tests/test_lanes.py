@@ -13,7 +13,7 @@ from pumice.core.errors import PumiceError
 from pumice.kernels import cpu_backend, lanes_cpu
 from pumice.weights.grid import Coding
 from pumice.weights.layouts import base
-from pumice.weights.layouts.lanes import Lanes, Places, chunk_height, places
+from pumice.weights.layouts.lanes import Lanes, Places, lane_height, places
 from pumice.weights.modules import SparseLinear, replace_module
 from tests.test_coded_kernels import check
 from tests.test_kernels import needs_native
@@ -73,6 +73,22 @@ def test_panels_are_the_very_matrix_and_threads_give_the_same_bits(layout):
 
 
 @needs_lanes
+@pytest.mark.parametrize(("threads", "height"), [(1, 256), (2, 128)])
+def test_chunks_are_for_the_threads_there_were(threads, height):
+    torch.set_num_threads(threads)
+    w, grid = rounded(1040, 512, 16, 0.5, torch.bfloat16)
+    packed = base.pack(w, "int4-bitmask-lanes", grid=grid, group=16)
+    assert packed.tensors["order"].shape[-1] == height
+    assert packed.nbytes == base.layout_named(packed.layout).stored_bytes(w, grid=grid, group=16)
+    x = torch.randn(3, 512).bfloat16()
+    for later in (1, 3):
+        torch.set_num_threads(later)
+        assert base.layout_named(packed.layout).fault(packed) is None
+        assert torch.equal(base.unpack(packed), w)
+        check(dispatch.get("linear", packed.layout, "lanes").prepare(packed, None)(x), x, packed, None)
+
+
+@needs_lanes
 def test_x_is_read_in_sixteen_bits():
     """What a row of x loses is at most half of its unit, whatever else stands in it; products themselves are exact."""
     w_OI, grid = rounded(64, 512, 32, 1.0, torch.bfloat16)
@@ -123,7 +139,8 @@ def test_the_integers_are_those_of_the_stored_form(layout):
 def test_rows_of_like_length_stand_side_by_side():
     kept = torch.rand(1024, 256) < torch.rand(1024, 1)
     made, lanes = places(kept)
-    assert made.order.shape == (8, 16, chunk_height(1024))
+    height = lane_height(1024)
+    assert made.order.shape == (1024 // height, 16, height)
     stored = int(made.steps.sum(dtype=torch.int64)) * 16
     assert lanes.unique().numel() == lanes.numel() == int(kept.sum())
     # Little is filled up although rows are of all lengths.

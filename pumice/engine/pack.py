@@ -22,7 +22,7 @@ from pumice.engine.conv_sites import Site, look
 from pumice.engine.convolve import Packing, pack_others, pack_site, unfuse_convolutions
 from pumice.engine.fuse import fuse, unfuse
 from pumice.engine.layer_timing import Timing, Verdict
-from pumice.engine.pages import gather_weights
+from pumice.engine.pages import gather_weights, give_back
 from pumice.engine.verdicts import Asked
 from pumice.weights.grid import Coding, kept
 from pumice.weights.layouts.base import LayoutRefused, Packed, pack_smallest, repack
@@ -161,6 +161,8 @@ def pack(
             pack_others(found, _dtype(model))
             fuse_blocks(model, example)
     choices += _kept(model, {site.name for site in sites})
+    # Before pages are gathered, which it would take apart.
+    give_back()
     gather_weights(model)
     with suppress(PumiceError):  # of another family, or with a layer that no kernel for single tokens runs
         fuse(model)

@@ -184,11 +184,12 @@ class Coding:
         o, i = w_OI.shape
         if not w_OI.numel():
             return Grid(self.bits, self.group, torch.zeros(o, i // self.group if self.group else 1))
-        width = self.group or i
-        groups = w_OI.float().unflatten(-1, (i // width, width))
+        width, height = self.group or i, max(1, SLICE // i)
         worth = None if worth_I is None else worth_I.view(i // width, width)
-        scales, zeros = self.columns(groups, worth)
-        return Grid(self.bits, self.group, scales, None if zeros is None else zeros.to(torch.uint8))
+        slices = (w_OI[a : a + height].float().unflatten(-1, (i // width, width)) for a in range(0, o, height))
+        scales, zeros = zip(*(self.columns(groups, worth) for groups in slices), strict=True)
+        stored = None if zeros[0] is None else torch.cat(zeros).to(torch.uint8)
+        return Grid(self.bits, self.group, torch.cat(scales), stored)
 
 
 def storable(scale: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ namespace pumice {
 
 constexpr int64_t kLaneRows = 16;     // rows that stand side by side
 constexpr int64_t kLaneGroups = 16;   // of a tile
-constexpr int64_t kLaneChunk = 128;   // most rows of a chunk
+constexpr int64_t kLaneChunk = 256;   // most rows of a chunk
 constexpr int kLanesAtOnce = 4;       // rows of x for which the weights are read once
 
 struct Lanes {

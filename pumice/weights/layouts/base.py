@@ -89,7 +89,7 @@ class Packed:
     @property
     def nonzero_share(self) -> float:
         """Share of the positions whose number is not zero."""
-        return float((self.numbers != 0).sum()) / max(1, self.shape[0] * self.shape[1])
+        return int(torch.count_nonzero(self.numbers)) / max(1, self.shape[0] * self.shape[1])
 
     @property
     def numbers(self) -> Tensor:

@@ -21,6 +21,8 @@ ROWS = 16
 """Rows side by side."""
 TILE = 16
 """Groups of a tile."""
+HEIGHTS = (32, 64, 128, 256)
+"""Rows that a chunk may have."""
 
 
 class Places(NamedTuple):
@@ -52,6 +54,11 @@ def chunk_height(outputs: int) -> int:
     return 128 if outputs >= 1024 else 64 if outputs >= 256 else 32
 
 
+def lane_height(outputs: int) -> int:
+    """H of sixteen rows of integers, where what fills up weighs more: 256 where each thread still has four chunks."""
+    return 256 if outputs >= 4 * 256 * torch.get_num_threads() else chunk_height(outputs)
+
+
 def stand(counts_CTH: Tensor, each: int = 1) -> tuple[Places, Tensor]:
     """Rows in the order of how much they have in a tile, and the lane of the first step of each: int64 [C, T, H] of [S·16].
 
@@ -67,7 +74,7 @@ def stand(counts_CTH: Tensor, each: int = 1) -> tuple[Places, Tensor]:
 
 def places(kept_OG: Tensor) -> tuple[Places, Tensor]:
     """How the stored groups of a matrix are laid out, and for each of them, in reading order, its lane: int64 of [S·16]."""
-    (outputs, groups), height = kept_OG.shape, chunk_height(kept_OG.shape[0])
+    (outputs, groups), height = kept_OG.shape, lane_height(kept_OG.shape[0])
     chunks, tiles = -(-outputs // height), -(-groups // TILE)
     padded = F.pad(kept_OG, (0, tiles * TILE - groups, 0, chunks * height - outputs))
     in_tiles = padded.view(chunks, height, tiles, TILE).transpose(1, 2)
@@ -195,7 +202,10 @@ class Lanes(Layout):
             "scales": ((steps, ROWS), FLOATS),
         }
         if cls.sparse:
-            height = chunk_height(o)
+            # It was packed for some number of threads.
+            height = packed.tensors["order"].shape[-1] if "order" in packed.tensors else 0
+            if height not in HEIGHTS:
+                return f"chunks of {height} rows are none of {', '.join(map(str, HEIGHTS))}"
             tiles = -(-o // height), -(-(i // group) // TILE)
             expected["order"] = ((*tiles, height), (torch.uint8,))
             expected["steps"] = ((*tiles, height // ROWS), (torch.uint8,))
