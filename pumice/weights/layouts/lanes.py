@@ -203,7 +203,7 @@ class Lanes(Layout):
         }
         if cls.sparse:
             # It was packed for some number of threads.
-            height = packed.tensors["order"].shape[-1] if "order" in packed.tensors else 0
+            height = packed.tensors["order"].shape[-1] if "order" in packed.tensors else chunk_height(o)
             if height not in HEIGHTS:
                 return f"chunks of {height} rows are none of {', '.join(map(str, HEIGHTS))}"
             tiles = -(-o // height), -(-(i // group) // TILE)
