@@ -233,27 +233,29 @@ class FusedBlock(OwnForward):
         if self.settings.stale() or self.settings.hooked():
             return None
         if self.numbers is None or self.numbers.stale():
-            self.numbers = numbers = Watch()
+            numbers = Watch()
             for module in self.module.modules():
                 numbers.see_all(module._parameters)
                 numbers.see_all(module._buffers)
             numbers.start()
             rewriter = _Rewriter(self.module, copy.deepcopy(self.graph))
             rewriter.run()
-            self.run = fx.GraphModule(self.module, rewriter.graph).forward if rewriter.steps else None
+            run = fx.GraphModule(self.module, rewriter.graph).forward if rewriter.steps else None
+            # In this order: whoever calls meanwhile makes one for himself.
+            self.run, self.numbers = run, numbers
         return self.run
 
 
 def _settings(module: nn.Module) -> Watch:
     """What the code of a module depends on beside its numbers."""
-    watch = Watch()
+    watch, tracer = Watch(), _Tracer()
     for m in module.modules():
         watch.see_all(m._modules)
         if m is not module:
             watch.called(m, m.__dict__.get("forward"))
         watch.see(m.__dict__, "training", False)
         # The code may ask for anything that a module holds; layers ask for what they were made with.
-        if not _Tracer().is_leaf_module(m, ""):
+        if not tracer.is_leaf_module(m, ""):
             for key, value in m.__dict__.items():
                 if not key.startswith("_") and key not in ("training", "forward"):
                     watch.see(m.__dict__, key, value)

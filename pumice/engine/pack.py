@@ -109,8 +109,9 @@ def pack(
     A decoder of a family that `fuse` knows then takes single tokens through all its layers in one call. On Linux the
     weights are gathered into huge pages.
     What was measured on this machine before, for such a layer, is not measured again.
-    With an `example` convolutions are packed too (`pumice.engine.convolve`): timed at the sizes that they have with it, batch
-    norm and ReLU fused into them.
+    With an `example` convolutions are packed too (`pumice.engine.convolve`): timed at the sizes that they have with it, with
+    batch norm, ReLU and what residual blocks add fused into them. For that the model's code is traced, and meanwhile no
+    other thread may call a module.
 
     Args:
         batch: rows to optimise for, e.g. 1 for decoding one sequence.
