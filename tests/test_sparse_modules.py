@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from pumice.core import dispatch, registry
@@ -144,6 +145,29 @@ def test_replaced_parameter_is_noticed():
     sparse(x)
     sparse.values = nn.Parameter(torch.zeros_like(sparse.values), requires_grad=False)
     close(sparse(x), sparse.bias.expand(3, -1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_changes_in_place_are_noticed(dtype):
+    w = torch.randn(48, 64) * (torch.rand(48, 64) < 0.2)
+    w[:, 63] = 0
+    sparse, x = SparseLinear(pack(w.to(dtype), "csr"), torch.randn(48).to(dtype)), torch.randn(3, 64).to(dtype)
+
+    def same():
+        wanted = F.linear(x.double(), sparse.weight.double(), sparse.bias.double())
+        torch.testing.assert_close(sparse(x).double(), wanted, rtol=2e-2, atol=2e-2)
+
+    same()
+    sparse.bias.add_(1)
+    same()
+    sparse.columns.copy_((sparse.columns.int() + 1).to(sparse.columns.dtype))
+    same()
+    sparse.values.mul_(2)
+    same()
+    sparse.columns.fill_(64)
+    with pytest.raises(PumiceError, match="damaged"):
+        sparse(x)
 
 
 def test_damaged_state_is_refused_before_a_kernel_reads_it():

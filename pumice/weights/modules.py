@@ -164,7 +164,7 @@ class SparseConv2d(SparseModule):
     def convolution(self) -> Callable[..., Tensor] | None:
         """`run(x_NCHW, how) -> y_NOHW` by the kernel that convolves the packed weight, bound to it as it is now, or None."""
         bound = self._bound
-        if bound is None or bound.stale(self._parameters, self._value_name):
+        if bound is None or bound.stale(self):
             bound = self._bind()
         if bound.convolve is None:
             backend = self._backend()

@@ -25,23 +25,39 @@ MAX_REMEMBERED = 4096
 class _Bound:
     """What the hot path needs of one layer, gathered once: backends bound to the tensors as they are now."""
 
-    __slots__ = ("bias", "by_backend", "convolve", "dtype", "extras", "runs", "values", "version")
+    __slots__ = ("bias", "by_backend", "convolve", "dtype", "extras", "positions", "runs", "values", "versions")
 
-    def __init__(self, values: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, values: Tensor, bias: Tensor | None, positions: Mapping[str, Tensor | None]) -> None:
         self.values, self.bias, self.dtype = values, bias, values.dtype
+        self.positions = tuple(positions.items())
         # Inference tensors count no versions.
-        self.version = None if values.is_inference() else values._version
+        held = [t for t in (values, bias, *positions.values()) if t is not None and not t.is_inference()]
+        self.versions = [(tensor, tensor._version) for tensor in held]
         self.runs: dict[int, Callable[[Tensor], Tensor]] = {}
         self.by_backend: dict[str, Callable[[Tensor], Tensor]] = {}
         # False where no backend convolves; None before it was asked for.
         self.convolve: Callable[..., Tensor] | Literal[False] | None = None
         self.extras: set[Callable[[Any], int]] = set()
 
-    def stale(self, parameters: Mapping[str, Tensor | None], name: str) -> bool:
-        """Whether values or bias were replaced or changed in place since (an optimizer's step, for instance)."""
-        if parameters[name] is not self.values or parameters["bias"] is not self.bias:
+    def stale(self, module: SparseModule) -> bool:
+        """Whether a tensor was replaced or changed in place since (by an optimizer's step, for instance)."""
+        parameters = module._parameters
+        if parameters[module._value_name] is not self.values or parameters["bias"] is not self.bias:
             return True
-        return self.version is not None and self.values._version != self.version
+        for tensor, version in self.versions:
+            if tensor._version != version:
+                return True
+        buffers = module._buffers
+        for name, tensor in self.positions:  # noqa: SIM110 - a generator takes longer
+            if buffers[name] is not tensor:
+                return True
+        return False
+
+    def moved(self, module: SparseModule) -> bool:
+        """Whether positions did, and not only values or bias."""
+        replaced = any(module._buffers[name] is not tensor for name, tensor in self.positions)
+        places = {id(tensor) for _, tensor in self.positions}
+        return replaced or any(t._version != version for t, version in self.versions if id(t) in places)
 
 
 class SparseModule(nn.Module):
@@ -142,7 +158,7 @@ class SparseModule(nn.Module):
         if torch.compiler.is_compiling() or type(x) is not Tensor:
             return self._traced(x)
         bound = self._bound
-        if bound is None or bound.stale(self._parameters, self._value_name):
+        if bound is None or bound.stale(self):
             bound = self._bind()
         if torch.is_grad_enabled() and (
             x.requires_grad or bound.values.requires_grad or (bound.bias is not None and bound.bias.requires_grad)
@@ -186,12 +202,14 @@ class SparseModule(nn.Module):
         )
 
     def _bind(self) -> _Bound:
-        if not self._checked:
+        if not self._checked or (self._bound is not None and self._bound.moved(self)):
+            # New positions may contradict each other, and kernels read where these point.
+            self._checked = False
             base.validate(self.packed, repr(self))
             self._checked = True
         values = self._parameters[self._value_name]
         assert values is not None
-        self._bound = _Bound(values, self._parameters["bias"])
+        self._bound = _Bound(values, self._parameters["bias"], self._buffers)
         return self._bound
 
     def _run_for(self, rows: int) -> Callable[[Tensor], Tensor]:
@@ -234,7 +252,6 @@ class SparseModule(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        # New positions may contradict each other, and kernels read where these point.
         self._bound, self._checked = None, False
 
     def __getstate__(self) -> dict[str, Any]:
