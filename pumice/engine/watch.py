@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-
 CAPTURE = "transformers.utils.output_capturing"
 """Where the hooks of Transformers come from."""
 
