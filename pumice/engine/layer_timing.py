@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,8 +25,11 @@ MARGIN = 1.03
 """A sparse layout must beat dense by 3 %, or measuring noise would decide."""
 TIE = 1.05
 """Sparse layouts whose times differ by less count as equally fast."""
-SECONDS_PER_MEASUREMENT = 0.02
-REPEATS = 5
+SECONDS, TURN, TURNS = 0.03, 0.001, (7, 25)
+"""How long each way is timed, about, how long one turn of it takes, and how many turns there are: many short ones, since what
+else runs on a machine comes and goes within tens of milliseconds."""
+HOPELESS = 8
+"""A way that took so many times as long as the fastest at its first call is not timed again."""
 
 
 @dataclass
@@ -118,23 +122,31 @@ def _rotation(packed: Packed, backend: dispatch.Backend, x: Tensor, budget: int)
 
 
 def time_in_turns(runs: list[tuple[Timing, Callable[[], None]]]) -> None:
-    counts = []
-    for _, run in runs:
+    """Note the median time of each way, those that could be the fastest in turns with each other."""
+    firsts = []
+    for timing, run in runs:
         run()
-        start = time.perf_counter()
+        timing.ms = _seconds(run, 1) * 1e3
+        firsts.append(timing.ms / 1e3)
+    limit = HOPELESS * min(firsts, default=0.0)
+    raced = [
+        (timing, run, max(1, int(TURN / max(once, 1e-7))))
+        for (timing, run), once in zip(runs, firsts, strict=True)
+        if once <= limit
+    ]
+    longest = max((once for once in firsts if once <= limit), default=TURN)
+    turns = max(TURNS[0], min(TURNS[1], int(SECONDS / max(TURN, longest))))
+    samples = [[_seconds(run, count) for _, run, count in raced] for _ in range(turns)]
+    for index, (timing, _, _) in enumerate(raced):
+        timing.ms = statistics.median(turn[index] for turn in samples) * 1e3
+
+
+def _seconds(run: Callable[[], None], count: int) -> float:
+    """The mean of so many calls."""
+    start = time.perf_counter()
+    for _ in range(count):
         run()
-        once = time.perf_counter() - start
-        counts.append(max(1, min(200, int(SECONDS_PER_MEASUREMENT / REPEATS / max(once, 1e-7)))))
-    samples: list[list[float]] = [[] for _ in runs]
-    for _ in range(REPEATS):
-        for index, (_, run) in enumerate(runs):
-            start = time.perf_counter()
-            for _ in range(counts[index]):
-                run()
-            samples[index].append((time.perf_counter() - start) / counts[index])
-    for (timing, _), values in zip(runs, samples, strict=True):
-        # The least of them: whatever else runs on the machine only adds, to some of those that are compared and not to others.
-        timing.ms = min(values) * 1e3
+    return (time.perf_counter() - start) / count
 
 
 def _judge(candidates: list[Packed], timings: list[Timing], batch: Sequence[int], points: Sequence[int]) -> Verdict:

@@ -20,7 +20,7 @@ from pumice.engine.layer_timing import Timing, Verdict, measure
 from pumice.kernels.features import machine_stamp, native_build
 from pumice.weights.layouts.base import Packed
 
-FORMAT = 4
+FORMAT = 5
 
 
 def cache_folder() -> Path:
