@@ -117,7 +117,7 @@ def rows(dense: nn.Module) -> dict[str, Callable[[], nn.Module]]:
     return {
         CONTROL: lambda: packed(copy.deepcopy(dense)),
         "dense int8, head int8": lambda: packed(copy.deepcopy(dense), "int8", "int8"),
-        # The head, once it is a matrix of its own, goes with the others.
+        # A head of integers is a matrix of its own, no longer the embedding, and `pack` makes int4 of it as of the others.
         "dense int4 groups": lambda: packed(copy.deepcopy(dense), int4, "int8"),
         "50 % bf16": lambda: packed(halved(dense)),
         "50 % bf16, head int8": lambda: packed(halved(dense), head="int8"),

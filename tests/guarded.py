@@ -5,10 +5,12 @@ import mmap
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 
 import pytest
 import torch
 
+from pumice.kernels import cpu_backend
 from tests.conftest import ROOT
 
 HEAD = """
@@ -16,7 +18,7 @@ import torch
 from pumice.core import dispatch
 from pumice.kernels import cpu_backend
 from pumice.weights.layouts import base
-from tests.guarded import at_the_end
+from tests.guarded import at_the_end, forced
 dispatch.discover()
 torch.set_num_threads(1)
 """
@@ -35,6 +37,14 @@ def at_the_end(tensor: torch.Tensor) -> torch.Tensor:
     assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(last), mmap.PAGESIZE, 0) == 0
     copy = torch.frombuffer(area, dtype=tensor.dtype, count=tensor.numel(), offset=(pages - 1) * mmap.PAGESIZE - size)
     return copy.copy_(tensor.flatten()).view(tensor.shape)
+
+
+def forced() -> Iterator[str]:
+    """Every instruction set that there is, one after the other in force."""
+    for isa, reason in cpu_backend.instruction_sets().items():
+        if reason is None:
+            cpu_backend.force(isa)
+            yield isa
 
 
 def check_guarded(body: str) -> None:

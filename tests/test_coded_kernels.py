@@ -380,10 +380,7 @@ def test_no_byte_beyond_the_tensors_is_read():
     # Rows at the end of a page: the guarded buffers of test_kernels, with integers in them.
     check_guarded("""
         from tests.test_coded_kernels import CODINGS, layouts_of, matrix
-        for isa, reason in cpu_backend.instruction_sets().items():
-            if reason is not None:
-                continue
-            cpu_backend.force(isa)
+        for _ in forced():
             for dtype in (torch.bfloat16, torch.float32):
                 for coding in CODINGS:
                     for layout in layouts_of(coding):

@@ -374,10 +374,7 @@ def test_no_number_beyond_the_images_and_the_plan_is_read():
         from pumice.kernels import conv_bundles, conv_cpu
         conv_cpu.taps_of = lambda packed: conv_cpu.Taps(*map(at_the_end, conv_cpu._taps(packed)))
         conv_bundles.bundles_of = lambda packed: conv_bundles.Bundles(*map(at_the_end, conv_bundles._bundles(packed)))
-        for isa, reason in cpu_backend.instruction_sets().items():
-            if reason is not None:
-                continue
-            cpu_backend.force(isa)
+        for _ in forced():
             for dtype in (torch.bfloat16, torch.float32):
                 for o, channels, kernel, size, stride, padding in (
                     (5, 3, 1, (5, 7), 1, 0), (16, 40, 1, (8, 8), 1, 0), (9, 4, 3, (7, 7), 1, 1), (8, 3, 3, (9, 33), 1, 1),

@@ -344,10 +344,7 @@ def test_what_is_derived_is_made_once_counted_and_made_again_after_a_change(layo
 def test_nothing_is_read_beyond_the_tensors():
     check_guarded("""
         from pumice.kernels import csr_cpu
-        for isa, reason in cpu_backend.instruction_sets().items():
-            if reason is not None:
-                continue
-            cpu_backend.force(isa)
+        for _ in forced():
             for dtype in (torch.bfloat16, torch.float32):
                 for layout, params, o, i in (("bitmask", {}, 5, 64), ("bitmask", {}, 3, 200), ("bitmask", {}, 4, 7),
                                              ("block", {"r": 4, "c": 8}, 8, 64), ("block", {"r": 2, "c": 33}, 8, 66),

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from pumice.core.calls import call_model
+from pumice.core.stats import evaluating
 from pumice.engine.conv_sites import CLAMPS
 from pumice.engine.convolve import FusedConvolution, InPlace, OwnForward, how, is_plain
 from pumice.engine.watch import Watch
@@ -38,10 +39,9 @@ CLAMPS_OF: dict[Any, tuple[float, float]] = {
     F.relu6: RELU6,
 }
 """Functions and methods of tensors that a convolution can do in its last step."""
-SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
-CLOSE = {torch.float32: 1e-3}
-"""How far a program may be from the module's own code on the example, as a share of the norm; elsewhere `CLOSE_ROUNDED`."""
-CLOSE_ROUNDED = 0.05
+SUMS, SUMS_IN_PLACE = (operator.add, torch.add, "add"), (operator.iadd, "add_")
+CLOSE, CLOSE_ROUNDED = 1e-3, 0.05
+"""How far a program may be from the module's own code on the example, as a share of the norm; the latter in sixteen bits."""
 
 
 class _Tracer(fx.Tracer):
@@ -87,7 +87,7 @@ def _trace(module: nn.Module) -> fx.Graph | None:
     tracer = _Tracer()
     try:
         graph = tracer.trace(module)
-    except Exception:
+    except Exception:  # whatever the model's code does with a proxy
         graph = None
     changed = False
     for m, held in before:
@@ -166,9 +166,12 @@ class _Rewriter:
 
     def _added(self, node: fx.Node, chain: list[fx.Node]) -> fx.Node | None:
         """What a sum adds to the end of a chain, if it is there before the chain begins and nothing runs in between."""
-        if node.op not in ("call_function", "call_method") or node.target not in SUMS or node.kwargs:
+        if node.op not in ("call_function", "call_method") or node.target not in SUMS + SUMS_IN_PLACE or node.kwargs:
             return None
         if len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args) or node.args[0] is node.args[1]:
+            return None
+        if node.target in SUMS_IN_PLACE and node.args[0] is not chain[-1]:
+            # It is the other one that changes, which somebody else may hold.
             return None
         other = cast(fx.Node, node.args[0] if node.args[1] is chain[-1] else node.args[1])
         # What ran in between could change in place what the convolution reads.
@@ -265,9 +268,7 @@ def _settings(module: nn.Module) -> Watch:
 
 def fuse_blocks(model: nn.Module, example: Any) -> None:
     """Put programs in front of the outermost modules that have one and gave with it, on `example`, what their own code gives."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
+    with evaluating(model):
         tried = _outermost(model)
         while tried:
             right = _tested(model, example, tried)
@@ -275,9 +276,6 @@ def fuse_blocks(model: nn.Module, example: Any) -> None:
                 block.module.__dict__["forward"] = block
             wrong = [block.module for block in tried if block not in right]
             tried = [block for module in wrong for child in module.children() for block in _outermost(child)]
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _outermost(module: nn.Module) -> list[FusedBlock]:
@@ -294,7 +292,10 @@ def _outermost(module: nn.Module) -> list[FusedBlock]:
 
 
 def _tested(model: nn.Module, example: Any, blocks: list[FusedBlock]) -> list[FusedBlock]:
-    """Those whose program gives, in a run of the model, what the module's own code gives at each of its calls."""
+    """Those whose program does, in a run of the model, what the module's own code does at each of its calls.
+
+    That is to give the same, and to leave what was given as the code leaves it.
+    """
     given: dict[int, Tensor] = {}
     right: dict[int, bool] = {}
 
@@ -309,9 +310,10 @@ def _tested(model: nn.Module, example: Any, blocks: list[FusedBlock]) -> list[Fu
             return
         try:
             ours = run(x)
-        except Exception:
+        except Exception:  # whatever the model's code does with what it was not traced for
             ours = None
-        right[id(module)] = right.get(id(module), True) and _agree(ours, output)
+        # `x += y` is traced as a sum that leaves x alone.
+        right[id(module)] = right.get(id(module), True) and _agree(ours, output) and _agree(x, args[0])
 
     handles = [block.module.register_forward_pre_hook(before) for block in blocks]
     handles += [block.module.register_forward_hook(functools.partial(after, block)) for block in blocks]
@@ -329,5 +331,5 @@ def _agree(ours: Any, theirs: Any) -> bool:
         return False
     if ours.shape != theirs.shape:
         return False
-    limit = CLOSE.get(theirs.dtype, CLOSE_ROUNDED)
+    limit = CLOSE_ROUNDED if theirs.dtype in (torch.bfloat16, torch.float16) else CLOSE
     return bool((ours.float() - theirs.float()).norm() <= limit * theirs.float().norm())

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pumice.core.calls import call_model, tensors
 from pumice.core.errors import PumiceError
+from pumice.core.stats import evaluating
 from pumice.weights.modules import SparseConv2d
 
 CLAMPS: dict[type[nn.Module], tuple[float, float]] = {nn.ReLU: (0.0, math.inf), nn.ReLU6: (0.0, 6.0)}
@@ -148,12 +149,11 @@ def look(model: nn.Module, example: Any) -> Found:
             seen.inputs[id(module)], seen.outputs[id(module)] = seen.memory(given), seen.memory(output)
             seen.shapes[id(module)] = tuple(given.shape)
 
-    training = [module for module in model.modules() if module.training]
     handles = [m.register_forward_pre_hook(before, with_kwargs=True) for m in wanted.values()]
     handles += [m.register_forward_hook(after, with_kwargs=True) for m in wanted.values()]
     try:
-        with torch.no_grad(), _Readers(seen):
-            result = call_model(model.eval(), example)
+        with torch.no_grad(), evaluating(model), _Readers(seen):
+            result = call_model(model, example)
         seen.end()
         del result
     except Exception as error:
@@ -166,8 +166,6 @@ def look(model: nn.Module, example: Any) -> Found:
     finally:
         for handle in handles:
             handle.remove()
-        for module in training:
-            module.training = True
     sites = []
     for name, module in wanted.items():
         once = seen.calls.get(id(module)) == 1 and named[id(module)] == 1

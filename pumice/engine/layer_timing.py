@@ -26,8 +26,8 @@ MARGIN = 1.03
 TIE = 1.05
 """Sparse layouts whose times differ by less count as equally fast."""
 SECONDS, TURN, TURNS = 0.03, 0.001, (7, 25)
-"""How long each way is timed, about, how long one turn of it takes, and how many turns there are: many short ones, since what
-else runs on a machine comes and goes within tens of milliseconds."""
+"""How long each way is timed, about, how long one turn of it takes, and how many turns there are at least and at most: short ones,
+since what else runs on a machine comes and goes within tens of milliseconds."""
 HOPELESS = 8
 """A way that took so many times as long as the fastest at its first calls is not timed again."""
 

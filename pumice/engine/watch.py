@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -26,7 +26,7 @@ class Watch:
 
     def see(self, held: Mapping[str, Any], key: str, thing: Any) -> None:
         """`held[key]` is to stay `thing`; None: it is to stay away."""
-        self.places.append((held, key))  # type: ignore[arg-type]
+        self.places.append((cast(dict[str, Any], held), key))
         self.things.append(thing)
 
     def see_all(self, held: Mapping[str, Any]) -> None:

@@ -158,8 +158,7 @@ inline void pair_block(const Convolved& job, int64_t image, int64_t q, int64_t n
     if (add) {
       const bool straight = job.width == columns;
       if (!straight)
-        for (int64_t r = 0; r < runs.count; ++r)
-          memcpy(given + runs.run[r].k, add + runs.run[r].at, (size_t)runs.run[r].there * sizeof(BF16));
+        for (const Runs::Run& run : runs) memcpy(given + run.k, add + run.at, (size_t)run.there * sizeof(BF16));
       PUMICE_UNROLL
       for (int r = 0; r < N; ++r)
         each[r].add(_mm512_maskz_loadu_epi16(first32(n - 32 * r), (straight ? add + q : given) + 32 * r));
@@ -173,8 +172,7 @@ inline void pair_block(const Convolved& job, int64_t image, int64_t q, int64_t n
     alignas(64) BF16 done[32 * N];
     PUMICE_UNROLL
     for (int r = 0; r < N; ++r) _mm512_store_si512(done + 32 * r, interleaved(each[r], least, most));
-    for (int64_t r = 0; r < runs.count; ++r)
-      memcpy(y + runs.run[r].at, done + runs.run[r].k, (size_t)runs.run[r].there * sizeof(BF16));
+    for (const Runs::Run& run : runs) memcpy(y + run.at, done + run.k, (size_t)run.there * sizeof(BF16));
   }
 }
 

@@ -79,19 +79,22 @@ struct Runs {
     else
       each_run(job, q, n, [this](int64_t k, int64_t at, int64_t there) { run[count++] = {k, at, there}; });
   }
+
+  const Run* begin() const { return run; }
+  const Run* end() const { return run + count; }
 };
 
 // Sums of one output, in the order of positions, to y, which begins at `y`.
 template <class T>
 inline void put_positions(const Convolved& job, const float* sums, const Runs& runs, T* y, const T* add) {
   const float least = job.conv->least, most = job.conv->most;
-  for (int64_t r = 0; r < runs.count; ++r) {
-    const int64_t there = runs.run[r].there, at = runs.run[r].at;
-    const float* from = sums + runs.run[r].k;
+  for (const Runs::Run& run : runs) {
+    const float* from = sums + run.k;
+    T* to = y + run.at;
     if (add)
-      for (int64_t i = 0; i < there; ++i) narrow(clamped(from[i] + widen(add[at + i]), least, most), y + at + i);
+      for (int64_t i = 0; i < run.there; ++i) narrow(clamped(from[i] + widen(add[run.at + i]), least, most), to + i);
     else
-      for (int64_t i = 0; i < there; ++i) narrow(clamped(from[i], least, most), y + at + i);
+      for (int64_t i = 0; i < run.there; ++i) narrow(clamped(from[i], least, most), to + i);
   }
 }
 
